@@ -1,0 +1,1 @@
+"""Measure, raise and steer the visual attention of vision-language models, as PyTorch Lightning modules."""
