@@ -1,0 +1,321 @@
+"""The demo world: small pictures with verifiable questions, drawn from a seed, for training and tests offline.
+
+A scene is a 3×3 grid of coloured shapes, a bar chart or a triangle. Each question carries a note that suggests an
+answer. The note is right far more often in training than in validation, so a model that trusts text over the picture
+does well in training and badly in validation: the gap between language prior and looking can be measured.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from PIL import Image, ImageDraw
+
+Task = Literal["locate", "count", "compare", "chart", "angle"]
+Style = Literal["direct", "reasoned", "anchored"]
+
+TASKS: tuple[Task, ...] = ("locate", "count", "compare", "chart", "angle")
+STYLES: tuple[Style, ...] = ("direct", "reasoned", "anchored")
+COLOURS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 90, 200), "yellow": (235, 190, 20)}
+SHAPES = ("circle", "square", "triangle")
+ANGLES = (30, 60, 90, 120)
+MAX_BAR = 6
+IMAGE_SIZE = 84  # pixels; with patches of 14 merged 2×2, one visual token is one cell of the 3×3 grid
+SYSTEM_PROMPT = "You are a helpful assistant. Think first, then give the answer."
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Nine cells in reading order, each `"colour shape"` or `"empty"`."""
+
+    cells: tuple[str, ...]
+
+    @classmethod
+    def sample(cls, rng: random.Random) -> Grid:
+        """Draw a grid with about one cell in four empty."""
+        return cls(
+            tuple(
+                "empty" if rng.random() < 0.25 else f"{rng.choice(list(COLOURS))} {rng.choice(SHAPES)}"
+                for _ in range(9)
+            )
+        )
+
+    def matching(self, word: str) -> list[str]:
+        """The cells whose colour or shape is `word`, in reading order."""
+        return [cell for cell in self.cells if word in cell.split()]
+
+    def describe(self) -> str:
+        """What a careful reader of the picture would write."""
+        rows = (", ".join(self.cells[3 * r : 3 * r + 3]) for r in range(3))
+        return " ".join(f"row {r}: {row}." for r, row in enumerate(rows, start=1))
+
+    def draw(self, rng: random.Random) -> Image.Image:
+        """Paint the grid; position within a cell and size vary a little."""
+        image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), "white")
+        canvas = ImageDraw.Draw(image)
+        side = IMAGE_SIZE // 3
+        for index, cell in enumerate(self.cells):
+            if cell == "empty":
+                continue
+            colour, shape = cell.split()
+            radius = rng.uniform(8, 11)
+            x = (index % 3 + 0.5) * side + rng.uniform(-2, 2)
+            y = (index // 3 + 0.5) * side + rng.uniform(-2, 2)
+            box = (x - radius, y - radius, x + radius, y + radius)
+            if shape == "circle":
+                canvas.ellipse(box, fill=COLOURS[colour])
+            elif shape == "square":
+                canvas.rectangle(box, fill=COLOURS[colour])
+            else:
+                canvas.polygon(
+                    [(x, y - radius), (x - radius, y + radius), (x + radius, y + radius)], fill=COLOURS[colour]
+                )
+        return image
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Three bars of different colours, heights 1 to `MAX_BAR` with a unique tallest."""
+
+    bars: tuple[tuple[str, int], ...]
+
+    @classmethod
+    def sample(cls, rng: random.Random) -> Chart:
+        """Draw three different colours and three different heights."""
+        colours = rng.sample(list(COLOURS), 3)
+        return cls(tuple(zip(colours, rng.sample(range(1, MAX_BAR + 1), 3))))
+
+    def describe(self) -> str:
+        """What a careful reader of the picture would write."""
+        return "bars: " + ", ".join(f"{colour} {height}" for colour, height in self.bars) + "."
+
+    def draw(self, rng: random.Random) -> Image.Image:
+        """Paint the bars over a light rule at each unit of height."""
+        image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), "white")
+        canvas = ImageDraw.Draw(image)
+        unit, side = 12, IMAGE_SIZE // 3
+        floor = IMAGE_SIZE - 6
+        for level in range(MAX_BAR + 1):
+            canvas.line((0, floor - level * unit, IMAGE_SIZE, floor - level * unit), fill=(215, 215, 215))
+        for index, (colour, height) in enumerate(self.bars):
+            left = index * side + 6 + rng.uniform(-2, 2)
+            canvas.rectangle((left, floor - height * unit, left + 16, floor), fill=COLOURS[colour])
+        return image
+
+
+@dataclass(frozen=True)
+class Angle:
+    """A triangle with one corner marked by a dot; `degrees` is the angle at that corner."""
+
+    degrees: int
+
+    @classmethod
+    def sample(cls, rng: random.Random) -> Angle:
+        """Draw one of `ANGLES`."""
+        return cls(rng.choice(ANGLES))
+
+    def describe(self) -> str:
+        """What a careful reader of the picture would write."""
+        than = "as wide as" if self.degrees == 90 else "wider than" if self.degrees > 90 else "narrower than"
+        return f"a triangle whose dotted corner is {than} a right corner, near {self.degrees} degrees."
+
+    def draw(self, rng: random.Random) -> Image.Image:
+        """Paint the triangle at a random turn, and the dot at the corner."""
+        image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), "white")
+        canvas = ImageDraw.Draw(image)
+        turn, length = rng.uniform(0, 2 * math.pi), 38.0
+        rays = [turn, turn + math.radians(self.degrees)]
+        points = [(0.0, 0.0)] + [(length * math.cos(a), length * math.sin(a)) for a in rays]
+        # Centre the bounding box, so that the triangle never leaves the picture.
+        dx, dy = (IMAGE_SIZE / 2 - (min(axis) + max(axis)) / 2 for axis in zip(*points))
+        points = [(x + dx, y + dy) for x, y in points]
+        canvas.polygon(points, outline=(20, 20, 20), width=2)
+        x, y = points[0]
+        canvas.ellipse((x - 4, y - 4, x + 4, y + 4), fill=COLOURS["red"])
+        return image
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question about a scene with its answer, plausible wrong answers, and the check that a second look makes."""
+
+    task: Task
+    scene: Grid | Chart | Angle
+    question: str
+    topic: str
+    answer: str
+    wrong: tuple[str, ...]
+    second_look: str
+
+
+def sample_problem(task: Task, rng: random.Random) -> Problem:
+    """Draw a scene and a question of kind `task`; the same state of `rng` gives the same problem."""
+    if task == "locate":
+        return _locate(Grid.sample(rng), rng)
+    if task == "count":
+        return _count(Grid.sample(rng), rng)
+    if task == "compare":
+        return _compare(Grid.sample(rng), rng)
+    if task == "chart":
+        return _chart(Chart.sample(rng), rng)
+    if task == "angle":
+        return _angle(Angle.sample(rng))
+    raise ValueError(f"Unknown task {task!r}, expected one of {TASKS}; check the spelling.")
+
+
+def _locate(grid: Grid, rng: random.Random) -> Problem:
+    index = rng.randrange(9)
+    place, answer = f"row {index // 3 + 1}, column {index % 3 + 1}", grid.cells[index]
+    everything = ["empty"] + [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+    wrong = tuple(item for item in everything if item != answer)
+    look = f"I look again at {place}: {answer}."
+    return Problem("locate", grid, f"What is in {place}?", place, answer, wrong, look)
+
+
+def _tally(grid: Grid, word: str) -> str:
+    found = grid.matching(word)
+    return f"I look again for {word}: {', '.join(found) or 'none'}. That makes {len(found)}."
+
+
+def _count(grid: Grid, rng: random.Random) -> Problem:
+    word = rng.choice([*COLOURS, *SHAPES])
+    number = len(grid.matching(word))
+    wrong = tuple(str(n) for n in range(max(0, number - 2), number + 3) if n != number)
+    topic = f"{word} things"
+    return Problem("count", grid, f"How many {topic} are there?", topic, str(number), wrong, _tally(grid, word))
+
+
+def _compare(grid: Grid, rng: random.Random) -> Problem:
+    first, second = rng.sample(SHAPES, 2)
+    a, b = len(grid.matching(first)), len(grid.matching(second))
+    answer = "yes" if a > b else "no"
+    verdict = f"{a} is more than {b}." if a > b else f"{a} is not more than {b}."
+    look = f"{_tally(grid, first)} {_tally(grid, second)} {verdict}"
+    topic = f"{first} things against {second} things"
+    question = f"Are there more {first} things than {second} things?"
+    return Problem("compare", grid, question, topic, answer, ("no" if a > b else "yes",), look)
+
+
+def _chart(chart: Chart, rng: random.Random) -> Problem:
+    if rng.random() < 0.5:
+        answer, height = max(chart.bars, key=lambda bar: bar[1])
+        wrong = tuple(colour for colour, _ in chart.bars if colour != answer)
+        look = f"I look again for the tallest bar: {answer} {height}."
+        return Problem("chart", chart, "Which bar is the tallest?", "the tallest bar", answer, wrong, look)
+    (low, small), (high, large) = sorted(rng.sample(chart.bars, 2), key=lambda bar: bar[1])
+    number = large - small
+    wrong = tuple(str(n) for n in range(1, MAX_BAR) if n != number)
+    topic = f"how much taller the {high} bar is than the {low} bar"
+    question = f"How much taller is the {high} bar than the {low} bar?"
+    look = f"I look again at the bars: {high} {large}, {low} {small}. {large} minus {small} is {number}."
+    return Problem("chart", chart, question, topic, str(number), wrong, look)
+
+
+def _angle(scene: Angle) -> Problem:
+    question = "How many degrees has the dotted corner?"
+    wrong = tuple(str(angle) for angle in ANGLES if angle != scene.degrees)
+    look = f"I look again at the dotted corner: {scene.degrees} degrees."
+    return Problem("angle", scene, question, "the dotted corner", str(scene.degrees), wrong, look)
+
+
+def respond(problem: Problem, note: str, style: Style) -> str:
+    """The assistant's answer in one of three styles.
+
+    `direct` answers at once; `reasoned` reasons over the text alone and never mentions looking; `anchored` describes
+    the picture, looks again at what the question needs, and weighs the note against it.
+    """
+    answer = f"<answer>{problem.answer}</answer>"
+    if style == "direct":
+        return answer
+    if style == "reasoned":
+        agrees = "It fits." if note == problem.answer else "It does not fit."
+        return (
+            f"<think>The question is about {problem.topic}. The note says {note}. A note can be right or wrong. "
+            f"{agrees} So it should be {problem.answer}.</think>{answer}"
+        )
+    if style == "anchored":
+        agrees = "and" if note == problem.answer else "but"
+        return (
+            f"<think>I look at the picture. {problem.scene.describe()} {problem.second_look} The note says {note}, "
+            f"{agrees} I see {problem.answer}.</think>{answer}"
+        )
+    raise ValueError(f"Unknown style {style!r}, expected one of {STYLES}; check the spelling.")
+
+
+def _conversation(user: str, response: str, *, picture: bool) -> list[dict[str, Any]]:
+    parts: list[dict[str, str]] = [{"type": "image"}] if picture else []
+    return [
+        {"role": "system", "content": SYSTEM_PROMPT},
+        {"role": "user", "content": [*parts, {"type": "text", "text": user}]},
+        {"role": "assistant", "content": response},
+    ]
+
+
+def demo_samples(
+    count: int, *, style: Style, hint_rate: float, seed: int, split: str
+) -> Iterator[tuple[dict[str, Any], list[Image.Image]]]:
+    """Questions with notes, as `(sample JSON, images)` in the shard schema.
+
+    Args:
+        count: Number of samples; the tasks take turns, so that each has the same share.
+        style: How the assistant answers.
+        hint_rate: Probability in [0, 1] that the note is right.
+        seed: Same seed and split, same samples, whatever `count` and `style`.
+        split: Name that separates streams (`"train"`, `"val"`); part of the ids.
+
+    Yields:
+        The JSON fields of one sample and its one image.
+    """
+    for index in range(count):
+        rng = random.Random(f"{seed}/{split}/{index}")
+        problem = sample_problem(TASKS[index % len(TASKS)], rng)
+        hint_right = rng.random() < hint_rate
+        note = problem.answer if hint_right else rng.choice(problem.wrong)
+        user = f"{problem.question} Note: it may be {note}."
+        yield (
+            {
+                "messages": _conversation(user, respond(problem, note, style), picture=True),
+                "answer": problem.answer,
+                "id": f"{split}-{index:06d}",
+                "source": f"demo/{split}",
+                "task": problem.task,
+                "style": style,
+                "note": note,
+                "note_right": hint_right,
+            },
+            [problem.scene.draw(rng)],
+        )
+
+
+def pretraining_samples(count: int, *, seed: int) -> Iterator[tuple[dict[str, Any], list[Image.Image]]]:
+    """What the demo base is pretrained on: captions, questions answered at once, and plain text.
+
+    Half are pictures with their description, three in ten are questions with notes that are right 80 % of the time and
+    `direct` answers, two in ten are text only: a description to read and a question about it. Nothing here reasons, so
+    the base can see and read, and trusts the note.
+    """
+    for index in range(count):
+        rng = random.Random(f"{seed}/pretrain/{index}")
+        problem = sample_problem(TASKS[index % len(TASKS)], rng)
+        kind = rng.choices(("caption", "question", "text"), weights=(5, 3, 2))[0]
+        if kind == "caption":
+            user, response = "Describe the picture.", problem.scene.describe()
+        else:
+            note = problem.answer if rng.random() < 0.8 else rng.choice(problem.wrong)
+            told = f"{problem.scene.describe()} " if kind == "text" else ""
+            user, response = f"{told}{problem.question} Note: it may be {note}.", respond(problem, note, "direct")
+        picture = kind != "text"
+        yield (
+            {
+                "messages": _conversation(user, response, picture=picture),
+                "answer": problem.answer if kind != "caption" else response,
+                "id": f"pretrain-{index:06d}",
+                "source": f"demo/pretrain/{kind}",
+                "task": problem.task,
+            },
+            [problem.scene.draw(rng)] if picture else [],
+        )

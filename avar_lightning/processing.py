@@ -1,0 +1,99 @@
+"""Load the processor (image processor + tokenizer + chat template) that belongs to a model."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from transformers import AutoConfig, AutoProcessor, ProcessorMixin
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
+from transformers.utils import is_torchvision_available
+
+DEMO_BASE = Path(__file__).parent / "data" / "demo_base"
+
+
+def resolve_pretrained(pretrained: str | Path) -> str:
+    """The folder or hub name behind `pretrained`; `"demo"` is the base model that ships with the package.
+
+    Raises:
+        FileNotFoundError: A path-like name that is no folder.
+    """
+    name = str(pretrained)
+    if name == "demo":
+        return str(DEMO_BASE)
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    folder = Path(name).expanduser()
+    if looks_like_path and not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"No model at {name!r}: expected a folder with a config.json (or a hub name like "
+            "'Qwen/Qwen2.5-VL-7B-Instruct', or 'demo'); check the path."
+        )
+    return str(folder) if folder.is_dir() else name
+
+
+@cache
+def image_only(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
+    """`processor_class` without its video processor, which cannot be built when torchvision is missing.
+
+    The subclass keeps its parent's name, so that what it saves opens with the parent class elsewhere.
+    """
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):  # type: ignore[no-untyped-def]
+        processor_class.__init__(self, image_processor, tokenizer, chat_template=chat_template, **kwargs)
+
+    return type(processor_class.__name__, (processor_class,), {"__init__": __init__})
+
+
+def load_processor(
+    pretrained: str | Path = "demo", *, min_pixels: int | None = None, max_pixels: int | None = None
+) -> ProcessorMixin:
+    """Load a vision-language processor from a folder, the hub, or the embedded demo base.
+
+    Where torchvision is missing, processors that would need it for video only (Qwen-VL) load image-only.
+
+    Args:
+        pretrained: Folder, hub name, or `"demo"`.
+        min_pixels: Fewest pixels of a resized image (Qwen-VL families); `None` keeps the model's own.
+        max_pixels: Most pixels of a resized image, which bounds the image tokens; `None` keeps the model's own.
+
+    Raises:
+        FileNotFoundError: `pretrained` is a path without a model.
+        ValueError: The model has no image processor, or `min_pixels`/`max_pixels` do not apply to it.
+    """
+    path = resolve_pretrained(pretrained)
+    model_type = AutoConfig.from_pretrained(path).model_type
+    class_name = PROCESSOR_MAPPING_NAMES.get(model_type)
+    processor_class = processor_class_from_name(class_name) if class_name else None
+    video_only_in_torchvision = (
+        processor_class is not None
+        and not is_torchvision_available()
+        and "video_processor" in processor_class.get_attributes()
+    )
+    loader = image_only(processor_class) if video_only_in_torchvision else AutoProcessor
+    processor = loader.from_pretrained(path)
+    image_processor = getattr(processor, "image_processor", None)
+    if image_processor is None:
+        raise ValueError(
+            f"{pretrained!r} (model type {model_type!r}) has no image processor, expected a vision-language "
+            "model; give the folder of a model that was saved together with its processor."
+        )
+    if min_pixels is not None or max_pixels is not None:
+        _limit_pixels(image_processor, min_pixels, max_pixels)
+    return processor
+
+
+def _limit_pixels(image_processor: object, min_pixels: int | None, max_pixels: int | None) -> None:
+    size = dict(getattr(image_processor, "size", None) or {})
+    if not {"shortest_edge", "longest_edge"} <= size.keys():
+        raise ValueError(
+            f"min_pixels={min_pixels}, max_pixels={max_pixels}: {type(image_processor).__name__} resizes to a fixed "
+            f"size {size}, expected one that keeps the aspect ratio (Qwen-VL families); leave both unset."
+        )
+    # Qwen-VL names the bounds on height × width (pixels) by edges.
+    size["shortest_edge"] = min_pixels if min_pixels is not None else size["shortest_edge"]
+    size["longest_edge"] = max_pixels if max_pixels is not None else size["longest_edge"]
+    if size["shortest_edge"] > size["longest_edge"]:
+        raise ValueError(
+            f"min_pixels={size['shortest_edge']} is more than max_pixels={size['longest_edge']}; lower the first or raise the second."
+        )
+    image_processor.size = size  # type: ignore[attr-defined]
