@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 from PIL import Image, ImageDraw
 
+from avar_lightning.data.sample import Sample
+
 Task = Literal["locate", "count", "compare", "chart", "angle"]
 Style = Literal["direct", "reasoned", "anchored"]
 
@@ -257,8 +259,8 @@ def _conversation(user: str, response: str, *, picture: bool) -> list[dict[str, 
 
 def demo_samples(
     count: int, *, style: Style, hint_rate: float, seed: int, split: str
-) -> Iterator[tuple[dict[str, Any], list[Image.Image]]]:
-    """Questions with notes, as `(sample JSON, images)` in the shard schema.
+) -> Iterator[Sample]:
+    """Questions with notes; the columns tell `task`, `style`, the `note` and whether it is right (`note_right`).
 
     Args:
         count: Number of samples; the tasks take turns, so that each has the same share.
@@ -266,32 +268,25 @@ def demo_samples(
         hint_rate: Probability in [0, 1] that the note is right.
         seed: Same seed and split, same samples, whatever `count` and `style`.
         split: Name that separates streams (`"train"`, `"val"`); part of the ids.
-
-    Yields:
-        The JSON fields of one sample and its one image.
     """
     for index in range(count):
         rng = random.Random(f"{seed}/{split}/{index}")
-        problem = sample_problem(TASKS[index % len(TASKS)], rng)
+        task = TASKS[index % len(TASKS)]
+        problem = sample_problem(task, rng)
         hint_right = rng.random() < hint_rate
         note = problem.answer if hint_right else rng.choice(problem.wrong)
         user = f"{problem.question} Note: it may be {note}."
-        yield (
-            {
-                "messages": _conversation(user, respond(problem, note, style), picture=True),
-                "answer": problem.answer,
-                "id": f"{split}-{index:06d}",
-                "source": f"demo/{split}",
-                "task": problem.task,
-                "style": style,
-                "note": note,
-                "note_right": hint_right,
-            },
-            [problem.scene.draw(rng)],
+        yield Sample(
+            messages=_conversation(user, respond(problem, note, style), picture=True),
+            images=[problem.scene.draw(rng)],
+            answer=problem.answer,
+            id=f"{split}-{index:06d}",
+            source=f"demo/{split}",
+            columns={"task": task, "style": style, "note": note, "note_right": hint_right},
         )
 
 
-def pretraining_samples(count: int, *, seed: int) -> Iterator[tuple[dict[str, Any], list[Image.Image]]]:
+def pretraining_samples(count: int, *, seed: int) -> Iterator[Sample]:
     """What the demo base is pretrained on: captions, questions answered at once, and plain text.
 
     Half are pictures with their description, three in ten are questions with notes that are right 80 % of the time and
@@ -309,13 +304,11 @@ def pretraining_samples(count: int, *, seed: int) -> Iterator[tuple[dict[str, An
             told = f"{problem.scene.describe()} " if kind == "text" else ""
             user, response = f"{told}{problem.question} Note: it may be {note}.", respond(problem, note, "direct")
         picture = kind != "text"
-        yield (
-            {
-                "messages": _conversation(user, response, picture=picture),
-                "answer": problem.answer if kind != "caption" else response,
-                "id": f"pretrain-{index:06d}",
-                "source": f"demo/pretrain/{kind}",
-                "task": problem.task,
-            },
-            [problem.scene.draw(rng)] if picture else [],
+        yield Sample(
+            messages=_conversation(user, response, picture=picture),
+            images=[problem.scene.draw(rng)] if picture else [],
+            answer=response if kind == "caption" else problem.answer,
+            id=f"pretrain-{index:06d}",
+            source=f"demo/pretrain/{kind}",
+            columns={"task": problem.task},
         )

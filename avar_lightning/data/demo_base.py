@@ -52,7 +52,7 @@ CHAT_TEMPLATE = """\
 """
 
 
-def build_processor(*, vocab_size: int = 480, seed: int = 0) -> Qwen2_5_VLProcessor:
+def build_processor(*, vocab_size: int = 640, seed: int = 0) -> Qwen2_5_VLProcessor:
     """Train a byte-level BPE tokenizer on demo text and pair it with Qwen's image processor.
 
     Args:
@@ -87,8 +87,8 @@ def build_processor(*, vocab_size: int = 480, seed: int = 0) -> Qwen2_5_VLProces
 def _demo_texts(seed: int, count: int = 1000) -> Iterator[str]:
     streams = [demo_samples(count, style=s, hint_rate=0.5, seed=seed, split="tokenizer") for s in STYLES]
     for stream in [*streams, pretraining_samples(count, seed=seed)]:
-        for sample, _ in stream:
-            for message in sample["messages"]:
+        for sample in stream:
+            for message in sample.messages:
                 yield message["role"]
                 content = message["content"]
                 parts = [{"text": content}] if isinstance(content, str) else content

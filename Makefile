@@ -1,0 +1,47 @@
+# `make train` and `make test` set everything up in .venv first; nothing else is needed on the machine than Python and make.
+VENV ?= .venv
+BASE_PYTHON ?= python3
+# A pip index with the torch build you want, e.g. https://download.pytorch.org/whl/cpu; empty: pip's default.
+TORCH_INDEX ?=
+PYTHON := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: train test test-slow lint bench table demo-base clean
+
+train: $(READY)
+	$(PYTHON) train.py fit --config configs/avar_sft.yaml
+
+test: $(READY)
+	$(PYTHON) -m pytest
+
+test-slow: $(READY)
+	$(PYTHON) -m pytest -m slow
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+bench: $(READY)
+	$(PYTHON) benchmarks/attention_memory.py
+
+# The measured table of the README: every guidance form and query set, several seeds (about two hours on 2 cores).
+table: $(READY)
+	$(PYTHON) benchmarks/guidance_table.py
+
+# Rebuild the embedded base model: tokenizer and configuration, then pretraining on the demo world.
+demo-base: $(READY)
+	$(PYTHON) benchmarks/../avar_lightning/data/demo_base.py avar_lightning/data/demo_base
+	$(PYTHON) train.py fit --config configs/demo_pretrain.yaml
+
+$(READY): pyproject.toml constraints.txt
+	$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python %s is too old, expected 3.11 or newer; set BASE_PYTHON." % sys.version.split()[0])'
+	test -x $(PYTHON) || $(BASE_PYTHON) -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --upgrade pip
+	$(PYTHON) -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --constraint constraints.txt torch
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs data build *.egg-info .pytest_cache .mypy_cache .ruff_cache

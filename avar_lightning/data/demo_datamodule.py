@@ -1,0 +1,72 @@
+"""The demo world as a data module that writes its own shards on first use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from avar_lightning.data.datamodule import ShardDataModule
+from avar_lightning.data.demo import Style, demo_samples, pretraining_samples
+from avar_lightning.data.sample import Sample
+from avar_lightning.data.shards import MANIFEST, write_shards
+
+
+class DemoDataModule(ShardDataModule):
+    """Shards of the demo world, written where they are missing.
+
+    Args:
+        folder: Where the shards are kept, in one subfolder for each choice of the options below.
+        style: How training responses are written; `pretrain` is what the embedded base was made from.
+        num_train: Training samples.
+        num_val: Validation samples.
+        train_hint_rate: Probability that the note in a training question is right.
+        val_hint_rate: Probability that the note in a validation question is right.
+        world_seed: Of the samples; `seed` is that of their order.
+        processor: Name or folder of the model whose processor encodes the samples, or a processor.
+        **kwargs: Everything else that `ShardDataModule` takes.
+    """
+
+    def __init__(
+        self,
+        folder: str = "data/demo",
+        style: Style | Literal["pretrain"] = "anchored",
+        num_train: int = 8000,
+        num_val: int = 200,
+        train_hint_rate: float = 0.8,
+        val_hint_rate: float = 0.25,
+        world_seed: int = 0,
+        processor: Any = "demo",
+        **kwargs: Any,
+    ) -> None:
+        root = Path(folder)
+        self.num_train, self.num_val, self.world_seed, self.style = num_train, num_val, world_seed, style
+        self.train_hint_rate, self.val_hint_rate = train_hint_rate, val_hint_rate
+        self.train_folder = root / f"train-{style}-{num_train}-notes-{train_hint_rate}-seed-{world_seed}"
+        self.val_style: Style = "direct" if style == "pretrain" else style
+        self.val_folder = root / f"val-{self.val_style}-{num_val}-notes-{val_hint_rate}-seed-{world_seed}"
+        super().__init__(
+            train=str(self.train_folder),
+            val=str(self.val_folder),
+            test=str(self.val_folder),
+            processor=processor,
+            **kwargs,
+        )
+
+    def prepare_data(self) -> None:
+        """Write the shards that are not there; one process does it."""
+        seed = self.world_seed
+        train: Iterable[Sample]
+        if self.style == "pretrain":
+            train = pretraining_samples(self.num_train, seed=seed)
+        else:
+            train = demo_samples(
+                self.num_train, style=self.style, hint_rate=self.train_hint_rate, seed=seed, split="train"
+            )
+        val = demo_samples(
+            self.num_val, style=self.val_style, hint_rate=self.val_hint_rate, seed=seed, split="val"
+        )
+        for samples, folder, count in ((train, self.train_folder, self.num_train), (val, self.val_folder, self.num_val)):
+            if not (folder / MANIFEST).is_file():
+                write_shards(samples, folder, overwrite=True, progress=True, total=count)
+        super().prepare_data()

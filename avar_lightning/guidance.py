@@ -1,0 +1,143 @@
+"""Attention guidance (AGTO): which loss pulls attention to the image, and a watch on whether it is being gamed.
+
+Three forms of the same idea. `published` is the paper's: reward log image attention, punish log system attention, each
+without a floor. `share` bounds it: the image's share of what image and system get together. `hinge` asks for the share
+only up to a target. The mathematics is in `losses.py`; here it meets a recorded forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from avar_lightning.attention import AttentionRecord
+from avar_lightning.losses import attention_guidance_loss, attention_share_loss
+from avar_lightning.roles import Role
+from avar_lightning.vas import visual_attention_score
+
+GuidanceForm = Literal["none", "published", "share", "hinge"]
+
+
+@dataclass
+class GuidanceConfig:
+    """The attention-guided auxiliary loss of supervised fine-tuning."""
+
+    form: GuidanceForm = "share"
+    """`published` (the paper's two log terms), `share` (bounded), `hinge` (share up to `target`), `none` (plain SFT)."""
+    alpha: float = 0.15
+    """`published`: weight of the term that raises attention to the image."""
+    beta: float = 0.15
+    """`published`: weight of the term that lowers attention to the system prompt."""
+    weight: float = 0.15
+    """`share` and `hinge`: weight of the loss."""
+    target: float = 0.8
+    """`hinge`: the share of image in image + system, in (0, 1), from which nothing is asked any more."""
+    queries: list[Role] = field(default_factory=lambda: [Role.RESPONSE])
+    """Whose attention is guided: RESPONSE, USER (the published code's choice), or both."""
+    layers: list[int] | None = None
+    """Decoder layers that are guided; every layer when unset."""
+    eps: float = 1e-6
+    """`published`: added inside the logarithms."""
+
+    def __post_init__(self) -> None:
+        """Reject weights and targets that have no meaning."""
+        for name in ("alpha", "beta", "weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"guidance.{name}={getattr(self, name)} is negative, expected 0 (off) or more.")
+        if not 0 < self.target < 1:
+            raise ValueError(f"guidance.target={self.target} is no share, expected a value between 0 and 1.")
+        if not self.queries:
+            raise ValueError("guidance.queries is empty, expected RESPONSE, USER or both; or set guidance.form to none.")
+
+    @property
+    def active(self) -> bool:
+        """Whether the loss has any weight; if not, training is plain SFT bit for bit."""
+        if self.form == "none":
+            return False
+        return self.alpha > 0 or self.beta > 0 if self.form == "published" else self.weight > 0
+
+
+@dataclass
+class GuidanceOutput:
+    """What guidance adds to one training step; all scalars, only `loss` with a gradient."""
+
+    loss: Tensor
+    logs: dict[str, Tensor]
+
+
+def guide(record: AttentionRecord, config: GuidanceConfig) -> GuidanceOutput:
+    """The weighted auxiliary loss of a recorded forward, and what to log of it.
+
+    Args:
+        record: Of `observe_attention(model, role_ids, queries=config.queries, layers=config.layers)`, after the forward.
+        config: Form and weights.
+
+    Returns:
+        The loss, and by metric name (under `train/`) its parts, mean attention mass on image and system, the image's
+        share and VAS over the guided queries; means are over the samples that have what they need.
+    """
+    image, system = record.mass_of(Role.IMAGE), record.mass_of(Role.SYSTEM)
+    query_mask = record.query_mask(*config.queries)
+    logs: dict[str, Tensor] = {}
+    if config.form == "published":
+        counts = [(record.role_ids == role).sum(dim=1) for role in (Role.IMAGE, Role.SYSTEM)]
+        enhance, suppress = attention_guidance_loss(image, system, query_mask, *counts, eps=config.eps)
+        logs |= {"loss_enhance_img": enhance, "loss_suppress_sys": suppress}
+        loss = config.alpha * enhance + config.beta * suppress
+    else:
+        target = config.target if config.form == "hinge" else None
+        share_loss = attention_share_loss(image, system, query_mask, target=target)
+        logs["loss_share"] = share_loss
+        loss = config.weight * share_loss
+    with torch.no_grad():
+        has_image = (record.role_ids == Role.IMAGE).any(dim=1)
+        rows = (query_mask & has_image[:, None]).to(image.dtype)[None, :, None, :].expand_as(image)
+        total = rows.sum().clamp(min=1)
+        logs |= {
+            "mass_image": (image * rows).sum() / total,
+            "mass_system": (system * rows).sum() / total,
+            "image_share": visual_attention_score(image, system, query_mask, reduction="share").nanmean(),
+            "vas": visual_attention_score(image, system, query_mask, reduction="ratio_of_means").nanmean(),
+        }
+    return GuidanceOutput(loss, {name: value.detach() for name, value in logs.items()})
+
+
+class GamingMonitor:
+    """Notices when the model satisfies guidance instead of the task: system mass collapses while the LM loss rises.
+
+    Both signals are smoothed over about `window` steps. System mass has collapsed below `collapse` of its starting
+    value; the LM loss has risen when it is more than `rise` above its lowest.
+    """
+
+    def __init__(self, *, window: int = 20, collapse: float = 0.01, rise: float = 0.1) -> None:
+        self.decay = 1 - 1 / window
+        self.window, self.collapse, self.rise = window, collapse, rise
+        self.steps = 0
+        self.loss = self.mass = 0.0
+        self.start_mass = self.lowest_loss = float("nan")
+        self.warned = False
+
+    def update(self, lm_loss: float, system_mass: float) -> str | None:
+        """Take one step's values; returns the warning the first time that both signals hold, else `None`."""
+        self.steps += 1
+        mix = max(1 / self.steps, 1 - self.decay)
+        self.loss += mix * (lm_loss - self.loss)
+        self.mass += mix * (system_mass - self.mass)
+        if self.steps < self.window:
+            return None
+        if self.steps == self.window:
+            self.start_mass, self.lowest_loss = self.mass, self.loss
+        self.lowest_loss = min(self.lowest_loss, self.loss)
+        collapsed = self.mass < self.collapse * self.start_mass
+        risen = self.loss > (1 + self.rise) * self.lowest_loss
+        if self.warned or not (collapsed and risen):
+            return None
+        self.warned = True
+        return (
+            f"Guidance is being gamed: attention to the system prompt fell from {self.start_mass:.2g} to {self.mass:.2g} "
+            f"while the LM loss rose from {self.lowest_loss:.3g} to {self.loss:.3g}; lower the guidance weights or use "
+            "the bounded form (guidance.form: share or hinge)."
+        )

@@ -1,0 +1,117 @@
+"""Load a vision-language model the way a training run needs it: attention kernel, adapters, frozen parts."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+
+from avar_lightning.processing import resolve_pretrained
+
+
+@dataclass
+class LoRAConfig:
+    """Low-rank adapters on the language model's linear layers (PEFT)."""
+
+    r: int = 16
+    """Rank of the adapters."""
+    alpha: int = 32
+    """Scale numerator: adapters are multiplied by alpha / r."""
+    dropout: float = 0.0
+    """Dropout on the adapters' input, in [0, 1)."""
+    targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    """Names (ends) of the linear layers that get an adapter."""
+    exclude: str = r".*(visual|vision).*"
+    """Regular expression of module names that never get one; the default spares the vision tower."""
+
+
+@dataclass
+class VLMConfig:
+    """Which vision-language model, and how to load it."""
+
+    pretrained: str = "demo"
+    """Folder, hub name, or "demo" for the small base that ships with the package."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Dtype of the weights; keep float32 for full training under `trainer.precision: bf16-mixed`."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "sdpa"
+    """Attention kernel of transformers; guidance and VAS work beside each of them."""
+    from_scratch: bool = False
+    """Random weights in the architecture of `pretrained` instead of its trained ones."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass (non-reentrant): less memory, about a third more time."""
+    freeze: list[str] = field(default_factory=list)
+    """Regular expressions, searched in parameter names, of parameters that do not train (e.g. "visual")."""
+    lora: LoRAConfig | None = None
+    """Train adapters instead of the weights themselves."""
+
+    def __post_init__(self) -> None:
+        """Accept the plain dict that a checkpoint keeps of `lora`."""
+        if isinstance(self.lora, dict):
+            self.lora = LoRAConfig(**self.lora)
+
+
+def load_model(config: VLMConfig | str = "demo") -> PreTrainedModel | PeftModel:
+    """Load a Hugging Face vision-language model in evaluation mode.
+
+    Args:
+        config: A name or folder with every default, or a full configuration.
+
+    Raises:
+        FileNotFoundError: `pretrained` is a path without a model.
+        ValueError: Weights that do not fit the architecture, a `freeze` pattern that matches no parameter, or LoRA
+            targets that match no layer.
+    """
+    config = VLMConfig(config) if isinstance(config, str) else config
+    path = resolve_pretrained(config.pretrained)
+    options = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attn_implementation}
+    if config.from_scratch:
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path), **options).eval()
+    else:
+        model, info = AutoModelForImageTextToText.from_pretrained(path, output_loading_info=True, **options)
+        bad = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
+        if bad:
+            raise ValueError(
+                f"The weights in {config.pretrained!r} do not fit {type(model).__name__} ({bad}), expected every key to "
+                "load; give a checkpoint of this very architecture."
+            )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for pattern in config.freeze:
+        _freeze(model, pattern)
+    return _add_lora(model, config.lora) if config.lora else model
+
+
+def _freeze(model: PreTrainedModel, pattern: str) -> None:
+    frozen = [parameter for name, parameter in model.named_parameters() if re.search(pattern, name)]
+    if not frozen:
+        raise ValueError(
+            f"freeze pattern {pattern!r} matches no parameter of {type(model).__name__}, expected a regular expression "
+            f"found in names like {next(iter(model.state_dict()))!r}; correct or remove it."
+        )
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+
+
+def _add_lora(model: PreTrainedModel, lora: LoRAConfig) -> PeftModel:
+    peft_config = PeftLoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+        exclude_modules=lora.exclude,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, peft_config)
+    except ValueError as error:
+        raise ValueError(
+            f"LoRA found no layer to adapt in {type(model).__name__} (targets {lora.targets}, exclude "
+            f"{lora.exclude!r}): {error}"
+        ) from error

@@ -1,0 +1,191 @@
+"""Supervised fine-tuning of a vision-language model with attention guidance, as a LightningModule."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from transformers import get_cosine_with_min_lr_schedule_with_warmup
+
+from avar_lightning.attention import observe_attention
+from avar_lightning.guidance import GamingMonitor, GuidanceConfig, GuidanceOutput, guide
+from avar_lightning.model import VLMConfig, load_model
+from avar_lightning.processing import load_processor
+from avar_lightning.rewards import accuracy_reward
+from avar_lightning.roles import Role
+
+# What a batch carries for us and not for the model's forward.
+NOT_MODEL_INPUTS = ("role_ids", "prompt", "columns", "images")
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    lr: float = 5e-6
+    """Peak learning rate."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay; norms, biases and other vectors are spared."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of AdamW's two moments."""
+    warmup_fraction: float = 0.03
+    """Share of all steps over which the rate climbs from 0, in [0, 1)."""
+    min_lr_fraction: float = 0.0
+    """Where the cosine ends, as a share of `lr`."""
+
+
+Config = TypeVar("Config")
+
+
+def _config(kind: type[Config], value: Config | dict[str, Any] | None) -> Config:
+    """`value` as `kind`; checkpoints keep configurations as plain dicts."""
+    return value if isinstance(value, kind) else kind(**(value or {}))  # type: ignore[arg-type]
+
+
+class SFTModule(L.LightningModule):
+    """Fine-tune a Hugging Face vision-language model on chat samples, with the attention-guided auxiliary loss.
+
+    Logs `train/loss`, `train/loss_lm`, the parts of guidance and what attention did; in validation `val/loss` and, when
+    answers are generated, `val/accuracy`.
+
+    Args:
+        vlm: Which model, and how to load it.
+        guidance: The auxiliary loss; `form: none` (or weight 0) is plain SFT bit for bit.
+        optimizer: AdamW and its schedule.
+        max_new_tokens: Longest answer generated in validation to measure `val/accuracy`; 0 generates nothing.
+    """
+
+    model: nn.Module  # a Hugging Face PreTrainedModel, PEFT-wrapped with LoRA; there from `configure_model` on
+
+    def __init__(
+        self,
+        vlm: VLMConfig | None = None,
+        guidance: GuidanceConfig | None = None,
+        optimizer: OptimizerConfig | None = None,
+        max_new_tokens: int = 0,
+    ) -> None:
+        super().__init__()
+        self.vlm = _config(VLMConfig, vlm)
+        self.guidance = _config(GuidanceConfig, guidance)
+        self.optimizer_config = _config(OptimizerConfig, optimizer)
+        self.max_new_tokens = max_new_tokens
+        self.save_hyperparameters(
+            {
+                "vlm": asdict(self.vlm),
+                "guidance": asdict(self.guidance),
+                "optimizer": asdict(self.optimizer_config),
+                "max_new_tokens": max_new_tokens,
+            }
+        )
+        self.processor = load_processor(self.vlm.pretrained)
+        self.gaming = GamingMonitor()
+        self.validation_loss = MeanMetric()
+        self.accuracy = MeanMetric()
+
+    def configure_model(self) -> None:
+        """Load the weights; here and not earlier, so that a sharding strategy can place them."""
+        if not hasattr(self, "model"):
+            self.model = load_model(self.vlm)
+
+    def forward(self, batch: dict[str, Any]) -> Any:
+        """The model's own output for a collated batch, LM loss included where it has labels."""
+        inputs = {name: value for name, value in batch.items() if name not in NOT_MODEL_INPUTS}
+        return self.model(**inputs, use_cache=False)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """LM loss plus guidance of one batch."""
+        guidance = self.guidance
+        observing = (
+            observe_attention(self.model, batch["role_ids"], queries=guidance.queries, layers=guidance.layers)
+            if guidance.active
+            else nullcontext()
+        )
+        with observing as record:
+            loss_lm = self(batch).loss
+        logs = {"loss_lm": loss_lm.detach()}
+        loss = loss_lm
+        if record is not None:
+            guided = guide(record, guidance)
+            loss = loss_lm + guided.loss
+            logs |= guided.logs
+            self._watch_for_gaming(loss_lm, guided)
+        logs["loss"] = loss.detach()
+        size = len(batch["input_ids"])
+        self.log("train/loss", logs.pop("loss"), prog_bar=True, batch_size=size)
+        self.log_dict({f"train/{name}": value for name, value in logs.items()}, batch_size=size)
+        return loss
+
+    def _watch_for_gaming(self, loss_lm: Tensor, guided: GuidanceOutput) -> None:
+        # Reading a value waits for the device, so only where values are logged anyway.
+        if self.global_step % self.trainer.log_every_n_steps == 0:
+            warning = self.gaming.update(float(loss_lm), float(guided.logs["mass_system"]))
+            if warning:
+                rank_zero_warn(warning)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """LM loss of the reference responses, and accuracy of generated ones."""
+        loss = self(batch).loss
+        size = len(batch["input_ids"])
+        self.validation_loss.update(loss, weight=(batch["labels"][:, 1:] != -100).sum())
+        self.log("val/loss", self.validation_loss, batch_size=size)
+        if self.max_new_tokens:
+            answers = [columns.get("answer") for columns in batch["columns"]]
+            self.accuracy.update(torch.tensor(accuracy_reward(self.generate(batch), answers)))
+            self.log("val/accuracy", self.accuracy, prog_bar=True, batch_size=size)
+
+    test_step = validation_step
+
+    @torch.no_grad()
+    def generate(self, batch: dict[str, Any]) -> list[str]:
+        """Greedy completions of a batch's prompts (`batch["prompt"]`, left-padded; images come from the batch)."""
+        sequences = ("input_ids", "attention_mask", "labels", *batch["prompt"])
+        shared = {k: v for k, v in batch.items() if k not in NOT_MODEL_INPUTS and k not in sequences}
+        prompt = {k: v for k, v in batch["prompt"].items() if k not in NOT_MODEL_INPUTS}
+        placeholders = {self.processor.image_token_id, getattr(self.processor, "video_token_id", None)} - {None}
+        tokens = self.model.generate(  # type: ignore[operator]
+            **prompt,
+            **shared,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            # A sampled placeholder without an image behind it breaks the next forward.
+            suppress_tokens=sorted(placeholders),
+            pad_token_id=self.processor.tokenizer.pad_token_id,
+            eos_token_id=self.processor.tokenizer.eos_token_id,
+        )
+        return self.processor.batch_decode(tokens[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW over the parameters that train, with warm-up and cosine by step."""
+        config = self.optimizer_config
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise ValueError(
+                f"The number of training steps is {steps}, expected a finite one for the cosine schedule; set "
+                "trainer.max_steps, or train on shards with a manifest and set trainer.max_epochs."
+            )
+        trained = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas))
+        schedule = get_cosine_with_min_lr_schedule_with_warmup(
+            optimizer, round(config.warmup_fraction * steps), int(steps), min_lr_rate=config.min_lr_fraction
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write a Hugging Face folder (model or adapters, and processor) that opens without this project."""
+        folder = Path(folder)
+        self.model.save_pretrained(folder)  # type: ignore[operator]
+        self.processor.save_pretrained(folder)
+        return folder

@@ -1,0 +1,104 @@
+"""Measure what guidance does on the demo: every form and query set, several seeds, into the README's table and picture.
+
+Each run is `train.py fit --config configs/avar_sft.yaml` with its overrides in a process of its own. Finished runs are
+kept, so an interrupted table continues where it stopped.
+
+    python benchmarks/guidance_table.py --seeds 0 1 2 --jobs 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+from tqdm import tqdm
+
+from avar_lightning.report import plot_results, results_table
+
+ROOT = Path(__file__).parents[1]
+QUERY_SETS = {"U": ["USER"], "T": ["RESPONSE"], "U∪T": ["USER", "RESPONSE"]}
+ARMS = {"plain": ("none", "T")} | {
+    f"{form}, Q = {name}": (form, name) for form in ("published", "share", "hinge") for name in QUERY_SETS
+}
+METRICS = {
+    "accuracy": "val/accuracy",
+    "vas": "val/vas_ratio_of_means_response",
+    "share": "val/image_share_response",
+    "vas_published": "val/vas",
+    "loss": "val/loss",
+}
+
+
+def run(arm: str, seed: int, folder: Path, threads: int, extra: list[str]) -> dict[str, dict[str, float]]:
+    """Train one arm with one seed unless it is done; returns its summary."""
+    form, queries = ARMS[arm]
+    name = arm.replace(", Q = ", "_").replace("∪", "")
+    summary = folder / name / f"seed_{seed}" / "summary.json"
+    if not summary.is_file():
+        log = folder / f"{name}_seed_{seed}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        command = [
+            *(sys.executable, "train.py", "fit", "--config", "configs/avar_sft.yaml", f"--seed_everything={seed}"),
+            f"--data.init_args.seed={seed}",
+            f"--model.init_args.guidance.form={form}",
+            f"--model.init_args.guidance.queries=[{','.join(QUERY_SETS[queries])}]",
+            f"--trainer.logger.init_args.save_dir={folder}",
+            f"--trainer.logger.init_args.name={name}",
+            f"--trainer.logger.init_args.version=seed_{seed}",
+            "--trainer.enable_progress_bar=false",
+            *extra,
+        ]
+        with log.open("w") as output:
+            environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+            done = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        if done.returncode:
+            raise RuntimeError(f"The run {arm!r} with seed {seed} ended with status {done.returncode}; read {log}.")
+    return json.loads(summary.read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time; they share the cores")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "guidance_table", help="where the runs go")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results", help="where table and picture go")
+    parser.add_argument("extra", nargs="*", help="further overrides for every run, after --")
+    options = parser.parse_args()
+
+    threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    jobs = [(arm, seed) for seed in options.seeds for arm in options.arms]
+    with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(jobs), desc="runs") as bar:
+
+        def one(job: tuple[str, int]) -> dict[str, dict[str, float]]:
+            summary = run(*job, options.folder.resolve(), threads, options.extra)
+            bar.update()
+            return summary
+
+        summaries = dict(zip(jobs, pool.map(one, jobs)))
+
+    before = {key: [summaries[jobs[0]]["before"][metric]] for key, metric in METRICS.items()}
+    rows = [{"name": "base, before training"} | before]
+    for arm in options.arms:
+        after = [summaries[arm, seed]["after"] for seed in options.seeds]
+        rows.append({"name": arm} | {key: [run[metric] for run in after] for key, metric in METRICS.items()})
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "guidance.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    seeds = ", ".join(map(str, options.seeds))
+    environment = f"{platform.machine()} CPU, torch {version('torch')}, transformers {version('transformers')}"
+    heading = f"Mean ± sd over seeds {seeds}; {environment}; {date.today()}; `make table`."
+    (options.output / "guidance.md").write_text(f"{results_table(rows)}\n\n{heading}\n")
+    plot_results(rows).savefig(options.output / "guidance.png", dpi=150)
+    print((options.output / "guidance.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

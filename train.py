@@ -1,0 +1,8 @@
+"""Train, validate, test or predict: `python train.py {fit,validate,test,predict} --config configs/avar_sft.yaml`."""
+
+import sys
+
+from avar_lightning.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
