@@ -1,0 +1,237 @@
+"""How much attention each query pays to groups of keys, exact and differentiable, without the N×N matrix.
+
+The mass of a key group is the share of a query's softmax that falls on the group's keys. A fused kernel does not
+return it, so the probabilities are computed again here, a block of query rows at a time: memory is one block, the
+work is proportional to the rows that were asked for, and everything is float32 (float64 for float64 inputs) whatever
+the model's dtype. Backward builds each block once more from the row's normaliser instead of keeping it.
+
+Shape letters: B batch, H query heads, M key heads (H = M·R), Q query rows, K keys, D head dimension, G key groups.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from avar_lightning.attention.visibility import Visibility
+
+BLOCK_BYTES = 64 * 2**20
+"""Size of one block of probabilities. A block needs about three of these at its peak, forward or backward."""
+
+
+def attention_mass(
+    q_BHQD: Tensor,
+    k_BMKD: Tensor,
+    groups_BKG: Tensor,
+    *,
+    visible: Visibility,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention probability that each query row gives to each group of keys.
+
+    mass[b,h,i,g] = Σ_{j∈g} softmax_j(scale · q_i·k_j), over the keys that row i sees. Attention dropout does not
+    enter. Differentiable once, in `q_BHQD` and `k_BMKD`.
+
+    Args:
+        q_BHQD: Queries after rotary embedding, any float dtype; only the rows whose masses are wanted.
+        k_BMKD: Keys; M divides H (grouped-query attention), keys are not repeated.
+        groups_BKG: Bool, True where key j belongs to group g. Groups may overlap.
+        visible: Which keys each row sees. A row that sees none has mass 0.
+        scale: Factor of the logits, D^-0.5 by default.
+        softcap: Logits become softcap · tanh(logits / softcap), as in Gemma 2.
+
+    Returns:
+        (B, H, Q, G), float32 (float64 for float64 queries), in [0, 1].
+
+    Raises:
+        ValueError: The shapes do not fit together.
+
+    >>> from avar_lightning.attention.visibility import Causal, QueryRows
+    >>> q = k = torch.zeros(1, 1, 4, 8)  # all logits equal: every row looks at its past evenly
+    >>> first_key = torch.tensor([[[True], [False], [False], [False]]])
+    >>> causal = Causal(QueryRows(torch.ones(1, 4, dtype=torch.bool)))
+    >>> attention_mass(q, k, first_key, visible=causal)[0, 0, :, 0]
+    tensor([1.0000, 0.5000, 0.3333, 0.2500])
+    """
+    batch, num_heads, _, head_dim = q_BHQD.shape
+    _, num_key_heads, num_keys, _ = k_BMKD.shape
+    if num_heads % num_key_heads or k_BMKD.shape[0] != batch or k_BMKD.shape[3] != head_dim:
+        raise ValueError(
+            f"queries {tuple(q_BHQD.shape)} and keys {tuple(k_BMKD.shape)} do not belong together."
+        )
+    if groups_BKG.shape[:2] != (batch, num_keys):
+        raise ValueError(
+            f"groups_BKG has shape {tuple(groups_BKG.shape)}, expected ({batch}, {num_keys}, number of groups)."
+        )
+    scale = head_dim**-0.5 if scale is None else scale
+    mass: Tensor = _AttentionMass.apply(q_BHQD, k_BMKD, groups_BKG, visible, scale, softcap)
+    return mass
+
+
+@torch.no_grad()
+def attention_received(
+    q_BHQD: Tensor,
+    k_BMKD: Tensor,
+    weights_BQ: Tensor,
+    *,
+    visible: Visibility,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Weighted sum over query rows of the probability that each key receives; no gradient.
+
+    With weights 1/|Q| on the chosen rows it is the mean attention from them.
+
+    Args:
+        q_BHQD: Queries, as in `attention_mass`.
+        k_BMKD: Keys.
+        weights_BQ: Weight of every row, 0 for rows that are padding.
+        visible: Which keys each row sees.
+        scale: Factor of the logits, D^-0.5 by default.
+        softcap: As in `attention_mass`.
+
+    Returns:
+        (B, H, K), float32 (float64 for float64 queries).
+    """
+    scale = q_BHQD.shape[-1] ** -0.5 if scale is None else scale
+    received_BHK = q_BHQD.new_zeros(*q_BHQD.shape[:2], k_BMKD.shape[2], dtype=_compute_dtype(q_BHQD))
+    with torch.autocast(q_BHQD.device.type, enabled=False):
+        for block in _blocks(q_BHQD, k_BMKD, visible, scale, softcap):
+            logits_BHQK, _ = block.logits()
+            _softmax_(logits_BHQK)
+            weights_B1Q = weights_BQ[:, None, None, block.start : block.stop].to(received_BHK.dtype)
+            received_BHK[:, :, : block.num_keys] += (weights_B1Q @ logits_BHQK).squeeze(2)
+    return received_BHK
+
+
+class _AttentionMass(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_BHQD: Tensor,
+        k_BMKD: Tensor,
+        groups_BKG: Tensor,
+        visible: Visibility,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
+        dtype = _compute_dtype(q_BHQD)
+        mass_BHQG = q_BHQD.new_empty(*q_BHQD.shape[:3], groups_BKG.shape[2], dtype=dtype)
+        lse_BHQ = q_BHQD.new_empty(q_BHQD.shape[:3], dtype=dtype)
+        indicator_B1KG = groups_BKG[:, None].to(dtype)
+        with torch.autocast(q_BHQD.device.type, enabled=False):
+            for block in _blocks(q_BHQD, k_BMKD, visible, scale, softcap):
+                logits_BHQK, _ = block.logits()
+                rows = slice(block.start, block.stop)
+                lse_BHQ[:, :, rows] = _softmax_(logits_BHQK)
+                mass_BHQG[:, :, rows] = logits_BHQK @ indicator_B1KG[:, :, : block.num_keys]
+        ctx.save_for_backward(q_BHQD, k_BMKD, groups_BKG, lse_BHQ, mass_BHQG)
+        ctx.visible, ctx.scale, ctx.softcap = visible, scale, softcap
+        return mass_BHQG
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BHQG: Tensor) -> tuple[Tensor | None, ...]:
+        q_BHQD, k_BMKD, groups_BKG, lse_BHQ, mass_BHQG = ctx.saved_tensors
+        dtype = _compute_dtype(q_BHQD)
+        dq_BHQD = torch.empty_like(q_BHQD, dtype=dtype, memory_format=torch.contiguous_format)
+        dk_BMKD = torch.zeros_like(k_BMKD, dtype=dtype, memory_format=torch.contiguous_format)
+        indicator_B1GK = groups_BKG[:, None].mT.to(dtype)
+        # d logits = P ∘ (d mass · indicatorᵀ − Σ_g d mass_g · mass_g), the softmax rule on a sum of columns.
+        shift_BHQ1 = (grad_BHQG * mass_BHQG).sum(-1, keepdim=True)
+        with torch.autocast(q_BHQD.device.type, enabled=False):
+            for block in _blocks(q_BHQD, k_BMKD, ctx.visible, ctx.scale, ctx.softcap):
+                rows = slice(block.start, block.stop)
+                probs_BHQK, slope_BHQK = block.logits(with_slope=True)
+                probs_BHQK.sub_(lse_BHQ[:, :, rows, None]).exp_()
+                dlogits_BHQK = grad_BHQG[:, :, rows] @ indicator_B1GK[..., : block.num_keys]
+                dlogits_BHQK.sub_(shift_BHQ1[:, :, rows]).mul_(probs_BHQK)
+                if slope_BHQK is not None:
+                    dlogits_BHQK.mul_(slope_BHQK)
+                dq_BHQD[:, :, rows] = block.grad_queries(dlogits_BHQK)
+                dk_BMKD[:, :, : block.num_keys] += block.grad_keys(dlogits_BHQK)
+        return dq_BHQD.to(q_BHQD.dtype), dk_BMKD.to(k_BMKD.dtype), None, None, None, None
+
+
+class _Block:
+    """Query rows `start:stop` against the keys that they can see at all.
+
+    The heads that share a key head are stacked into rows, (B, M, R·Q, D), so that keys are never repeated.
+    """
+
+    def __init__(
+        self,
+        start: int,
+        q_BHQD: Tensor,
+        k_BMKD: Tensor,
+        visible: Visibility,
+        scale: float,
+        softcap: float | None,
+    ) -> None:
+        batch, num_heads, num_rows, head_dim = q_BHQD.shape
+        self.start, self.stop = start, start + num_rows
+        self.num_keys = min(visible.limit(self.start, self.stop), k_BMKD.shape[2])
+        self.shape = (batch, num_heads, num_rows)
+        self.visible, self.scale, self.softcap = visible, scale, softcap
+        self.k_BMKD = k_BMKD[:, :, : self.num_keys]
+        self.stacked = (batch, k_BMKD.shape[1], num_heads // k_BMKD.shape[1] * num_rows)
+        self.q_BMQD = (q_BHQD.to(k_BMKD.dtype) * scale).reshape(*self.stacked, head_dim)
+
+    def logits(self, *, with_slope: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Masked logits (B, H, Q, K) and, if asked for and softcap is on, the derivative of the capping."""
+        logits_BHQK = (self.q_BMQD @ self.k_BMKD.mT).view(*self.shape, self.num_keys)
+        slope_BHQK = None
+        if self.softcap is not None:
+            logits_BHQK.div_(self.softcap).tanh_()
+            slope_BHQK = 1 - logits_BHQK.square() if with_slope else None
+            logits_BHQK.mul_(self.softcap)
+        mask = self.visible(self.start, self.stop, self.num_keys)
+        if mask is None:
+            return logits_BHQK, slope_BHQK
+        if mask.dtype == torch.bool:
+            return logits_BHQK.masked_fill_(~mask, -math.inf), slope_BHQK
+        # Half of the lowest number: masks are sums of "lowest" and small biases, in the model's dtype.
+        hidden = mask <= torch.finfo(mask.dtype).min / 2
+        return logits_BHQK.add_(mask).masked_fill_(hidden, -math.inf), slope_BHQK
+
+    def grad_queries(self, dlogits_BHQK: Tensor) -> Tensor:
+        """Gradient of the block's queries (B, H, Q, D)."""
+        dlogits_BMQK = dlogits_BHQK.view(*self.stacked, self.num_keys)
+        return (dlogits_BMQK @ self.k_BMKD).mul_(self.scale).view(*self.shape, -1)
+
+    def grad_keys(self, dlogits_BHQK: Tensor) -> Tensor:
+        """The block's part of the gradient of its keys (B, M, num_keys, D)."""
+        return dlogits_BHQK.view(*self.stacked, self.num_keys).mT @ self.q_BMQD
+
+
+def _blocks(
+    q_BHQD: Tensor, k_BMKD: Tensor, visible: Visibility, scale: float, softcap: float | None
+) -> Iterator[_Block]:
+    batch, num_heads, num_rows, _ = q_BHQD.shape
+    k_BMKD = k_BMKD.to(_compute_dtype(q_BHQD))
+    row_bytes = batch * num_heads * k_BMKD.shape[2] * k_BMKD.element_size()
+    step = max(1, BLOCK_BYTES // max(1, row_bytes))
+    for start in range(0, num_rows, step):
+        yield _Block(start, q_BHQD[:, :, start : start + step], k_BMKD, visible, scale, softcap)
+
+
+def _softmax_(logits_BHQK: Tensor) -> Tensor:
+    """Turn logits into probabilities in place; return their log-sum-exp (B, H, Q), 0 for rows that see nothing."""
+    if logits_BHQK.shape[-1] == 0:
+        return logits_BHQK.new_zeros(logits_BHQK.shape[:-1])
+    top = logits_BHQK.amax(-1, keepdim=True)
+    top.masked_fill_(top == -math.inf, 0.0)
+    total = logits_BHQK.sub_(top).exp_().sum(-1, keepdim=True)
+    total.masked_fill_(total == 0.0, 1.0)
+    logits_BHQK.div_(total)
+    return (top + total.log()).squeeze(-1)
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

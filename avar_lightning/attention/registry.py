@@ -1,0 +1,174 @@
+"""The one registration with transformers: a wrapper around the attention function that a model uses already.
+
+Each base implementation (eager, sdpa, flash, flex, custom) gets a wrapper in transformers' attention registry, under
+its own name with a prefix, and the text decoder's config is pointed at it. The wrapper calls the base and does
+nothing else unless the forward carries observers in its keyword arguments. It stays in the config when an observing
+context is left, because gradient checkpointing runs layers again in backward, usually later; without observers it
+computes what the base does, bit for bit. A saved config does not name the implementation, so it carries no trace.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+PREFIX = "avar_"
+OBSERVERS = "avar_observers"
+"""Keyword argument of the decoder's forward that carries observers to its attention layers."""
+
+UNSUPPORTED = {
+    "s_aux": "attention sinks",
+    "position_bias": "a position bias",
+    "cu_seq_lens_q": "sequences packed for FlashAttention",
+    "block_table": "a paged cache",
+    "cache": "a paged cache",
+    "score_mod": "a score function",
+}
+"""Arguments of attention functions that change the softmax in a way that `attention_mass` does not reproduce."""
+
+
+class LayerObserver(Protocol):
+    """What travels in `OBSERVERS`: asked by every attention layer, before the base function runs."""
+
+    def wants(self, module: nn.Module) -> bool:
+        """Whether to observe this layer."""
+
+    def observe(self, call: AttentionCall) -> None:
+        """Look at one call."""
+
+
+class AttentionCall:
+    """One call of an attention function, read the way its base implementation reads it.
+
+    Attributes:
+        module: The attention layer, which has a `layer_idx`.
+        q_BHND: Queries.
+        k_BMKD: Keys, not repeated for grouped queries.
+        mask: 4-D mask, 2-D padding, block mask or None.
+        is_causal: Whether a missing or 2-D mask means causal.
+        is_flash: Whether the base is a FlashAttention.
+        window: Sliding window in keys where the base reads it from its arguments, else None.
+        scale: Factor of the logits, or None for D^-0.5.
+        softcap: Cap of the logits, or None.
+    """
+
+    def __init__(
+        self, base: str, module: nn.Module, q_BHND: Tensor, k_BMKD: Tensor, mask: Any, kwargs: dict[str, Any]
+    ) -> None:
+        for name, what in UNSUPPORTED.items():
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"attention with {what} (`{name}`) cannot be observed; see docs of observe_attention."
+                )
+        self.module, self.q_BHND, self.k_BMKD, self.mask = module, q_BHND, k_BMKD, mask
+        self.is_flash = "flash" in base
+        is_causal = kwargs.get("is_causal")
+        is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        # Eager and flex attention take no hint: without a mask they see everything.
+        self.is_causal = bool(is_causal) and base not in ("eager", "flex_attention")
+        self.window: int | None = kwargs.get("sliding_window") if self.is_flash else None
+        self.scale: float | None = kwargs.get("scaling")
+        self.softcap: float | None = kwargs.get("softcap")
+        if self.is_flash and mask is None and _is_packed(kwargs.get("position_ids")):
+            raise ValueError(
+                "sequences packed into one row cannot be observed under FlashAttention; pad them, or load the model "
+                'with attn_implementation="sdpa".'
+            )
+
+
+def install(decoder: PreTrainedModel) -> None:
+    """Point a text decoder at the wrapper of the implementation that it uses; nothing else changes.
+
+    Raises:
+        ValueError: The decoder's eager attention function cannot be found.
+    """
+    base = decoder.config._attn_implementation or "eager"
+    if base.startswith(PREFIX):
+        return
+    if base == "eager":
+        for module in decoder.modules():
+            if hasattr(module, "layer_idx") and "Attention" in type(module).__name__:
+                _eager_function(module)
+    AttentionInterface.register(PREFIX + base, _wrapper(base))
+    # Without its own mask function a name gets no mask at all, and padded rows would see other keys than before.
+    if base in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionMaskInterface.register(PREFIX + base, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    decoder.config._attn_implementation = PREFIX + base
+
+
+def _wrapper(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        observers: tuple[LayerObserver, ...] = kwargs.pop(OBSERVERS, ())
+        wanting = [observer for observer in observers if observer.wants(module)]
+        if wanting:
+            call = AttentionCall(base, module, query, key, attention_mask, kwargs)
+            for observer in wanting:
+                observer.observe(call)
+        with _own_name(module, base):
+            return _base_function(module, base)(module, query, key, value, attention_mask, **kwargs)
+
+    return attention
+
+
+@contextmanager
+def _own_name(module: nn.Module, base: str) -> Iterator[None]:
+    """Let the base find its own name in the config: FlashAttention's functions load their kernel by it."""
+    config: Any = getattr(module, "config", None)
+    if config is None or base in ("eager", "sdpa", "flex_attention"):
+        yield
+        return
+    config._attn_implementation = base
+    try:
+        yield
+    finally:
+        config._attn_implementation = PREFIX + base
+
+
+def _base_function(module: nn.Module, base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    if base == "eager":
+        return _eager_function(module)
+    # A modeling file may keep a registry of its own, with its own sdpa.
+    registry = _from_modeling_file(module, "ALL_ATTENTION_FUNCTIONS") or ALL_ATTENTION_FUNCTIONS
+    function: Callable[..., tuple[Tensor, Tensor | None]] = registry[base]
+    return function
+
+
+def _eager_function(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    function: Callable[..., tuple[Tensor, Tensor | None]] | None
+    function = _from_modeling_file(module, "eager_attention_forward")
+    if function is None:
+        raise ValueError(
+            f"{type(module).__name__} has no eager_attention_forward in its modeling file, so its attention cannot be "
+            'observed; load the model with attn_implementation="sdpa".'
+        )
+    return function
+
+
+def _from_modeling_file(module: nn.Module, name: str) -> Any:
+    # Along the bases, because FSDP2 and others put a class of their own in front of the model's.
+    for cls in type(module).__mro__:
+        found = getattr(sys.modules.get(cls.__module__), name, None)
+        if found is not None:
+            return found
+    return None
+
+
+def _is_packed(position_ids: Tensor | None) -> bool:
+    """Whether positions start again within a row, which FlashAttention takes for a packed batch."""
+    if position_ids is None or position_ids.dim() != 2 or position_ids.shape[0] != 1:
+        return False
+    return bool((position_ids.diff(dim=1) != 1).any())

@@ -1,0 +1,200 @@
+"""Which keys each selected query row sees: every mask that transformers hands to an attention function, in one shape.
+
+Shape letters: B batch, H heads, N rows of the forward, Q selected rows, K keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+if TYPE_CHECKING:
+    from avar_lightning.attention.registry import AttentionCall
+
+
+class Visibility(Protocol):
+    """Which keys the selected rows see, asked for a block of rows at a time so that no N×N mask is built."""
+
+    def limit(self, start: int, stop: int) -> int:
+        """Number of leading keys outside of which rows `start:stop` see nothing."""
+
+    def __call__(self, start: int, stop: int, num_keys: int) -> Tensor | None:
+        """Mask of rows `start:stop` on the first `num_keys` keys, or None when they see them all.
+
+        Shape (B or 1, H or 1, stop - start, num_keys); bool, True for visible, or a float bias that is added to the
+        logits and hides a key where it is as low as its dtype goes.
+        """
+
+
+class QueryRows:
+    """The query rows of a forward that are wanted, gathered per sample and padded to the largest count.
+
+    Args:
+        mask_BN: Bool, True for a wanted row.
+    """
+
+    def __init__(self, mask_BN: Tensor) -> None:
+        counts = mask_BN.sum(1)
+        self.shape = mask_BN.shape
+        self.count = int(counts.max()) if mask_BN.numel() else 0
+        order = (~mask_BN).to(torch.uint8).argsort(dim=1, stable=True)[:, : self.count]
+        slots = torch.arange(self.count, device=mask_BN.device)
+        self.valid_BQ = slots < counts[:, None]
+        # Spare slots repeat the sample's last wanted row, so that the positions never decrease.
+        self.index_BQ = order.gather(1, torch.minimum(slots, (counts[:, None] - 1).clamp(min=0)))
+        self.is_everything = self.count == mask_BN.shape[1] and bool(self.valid_BQ.all())
+        self.last = self.index_BQ.amax(0).tolist() if self.count else []
+
+    def gather(self, x_BHND: Tensor) -> Tensor:
+        """Select the rows: (B, H, N, D) to (B, H, Q, D)."""
+        if self.is_everything:
+            return x_BHND
+        index = self.index_BQ[:, None, :, None]
+        return x_BHND.gather(2, index.expand(-1, x_BHND.shape[1], -1, x_BHND.shape[3]))
+
+    def scatter(self, x_BHQG: Tensor) -> Tensor:
+        """Put the rows back: (B, H, Q, G) to (B, H, N, G), zero where a row was not wanted."""
+        if self.is_everything:
+            return x_BHQG
+        x_BHQG = torch.where(self.valid_BQ[:, None, :, None], x_BHQG, 0)
+        full = x_BHQG.new_zeros(*x_BHQG.shape[:2], self.shape[1], x_BHQG.shape[3])
+        # Adding lets the zeros of spare slots land on a real row without overwriting it.
+        return full.scatter_add(2, self.index_BQ[:, None, :, None].expand_as(x_BHQG), x_BHQG)
+
+
+class Everything:
+    """Every row sees every one of `num_keys` keys."""
+
+    def __init__(self, num_keys: int) -> None:
+        self.num_keys = num_keys
+
+    def limit(self, start: int, stop: int) -> int:
+        """All keys."""
+        return self.num_keys
+
+    def __call__(self, start: int, stop: int, num_keys: int) -> None:
+        """No mask."""
+
+
+class Causal:
+    """Row i sees keys up to i + offset, at most `window` of them, and none that is padding.
+
+    Args:
+        rows: The selected rows.
+        offset: Keys that were there before row 0 (the cache).
+        window: Sliding window, in keys, or None.
+        padding_BK: Bool, False for keys that are padding; rows that are padding themselves see nothing.
+    """
+
+    def __init__(
+        self, rows: QueryRows, *, offset: int = 0, window: int | None = None, padding_BK: Tensor | None = None
+    ) -> None:
+        self.rows, self.offset, self.window, self.padding_BK = rows, offset, window, padding_BK
+
+    def limit(self, start: int, stop: int) -> int:
+        """The key of the last row of the block."""
+        return self.rows.last[stop - 1] + self.offset + 1 if stop > start else 0
+
+    def __call__(self, start: int, stop: int, num_keys: int) -> Tensor:
+        """Triangle, band and padding of the block."""
+        position_BQ = self.rows.index_BQ[:, start:stop] + self.offset
+        key = torch.arange(num_keys, device=position_BQ.device)
+        seen_BQK = key <= position_BQ[:, :, None]
+        if self.window is not None:
+            seen_BQK &= key > position_BQ[:, :, None] - self.window
+        if self.padding_BK is not None:
+            seen_BQK &= (
+                self.padding_BK[:, None, :num_keys] & self.padding_BK.gather(1, position_BQ)[:, :, None]
+            )
+        return seen_BQK[:, None]
+
+
+class Masked:
+    """A mask that was already made: (B or 1, H or 1, N or 1, at least K), bool or additive float."""
+
+    def __init__(self, rows: QueryRows, mask: Tensor, num_keys: int) -> None:
+        self.rows, self.mask, self.num_keys = rows, mask, num_keys
+
+    def limit(self, start: int, stop: int) -> int:
+        """All keys: where the mask ends is not known."""
+        return self.num_keys
+
+    def __call__(self, start: int, stop: int, num_keys: int) -> Tensor:
+        """The block's rows of the mask."""
+        mask = self.mask[..., :num_keys]
+        if mask.shape[2] == 1:
+            return mask
+        if self.rows.is_everything:
+            return mask[:, :, start:stop]
+        index_BQ = self.rows.index_BQ[:, start:stop]
+        batch = (
+            torch.arange(index_BQ.shape[0], device=index_BQ.device)
+            if mask.shape[0] > 1
+            else index_BQ.new_zeros(1)
+        )
+        # Two index tensors around a slice put the indexed dimensions first: (B, Q, H, K).
+        return mask[batch[:, None], :, index_BQ].transpose(1, 2)
+
+
+class MaskFunction:
+    """FlexAttention's rule, a function of batch, head, query and key indices."""
+
+    def __init__(
+        self, rows: QueryRows, function: Callable[..., Tensor], num_heads: int, num_keys: int
+    ) -> None:
+        self.rows, self.function, self.num_heads, self.num_keys = rows, function, num_heads, num_keys
+
+    def limit(self, start: int, stop: int) -> int:
+        """All keys: where the rule ends is not known."""
+        return self.num_keys
+
+    def __call__(self, start: int, stop: int, num_keys: int) -> Tensor:
+        """The rule, evaluated on the block."""
+        index_BQ = self.rows.index_BQ[:, start:stop]
+        device = index_BQ.device
+        batch = torch.arange(index_BQ.shape[0], device=device)[:, None, None, None]
+        head = torch.arange(self.num_heads, device=device)[None, :, None, None]
+        key = torch.arange(num_keys, device=device)[None, None, None, :]
+        seen = self.function(batch, head, index_BQ[:, None, :, None], key)
+        return seen.expand(torch.broadcast_shapes(seen.shape, (1, 1, stop - start, num_keys)))
+
+
+def visibility_of(call: AttentionCall, rows: QueryRows) -> Visibility:
+    """What the selected rows see in a call of an attention function of transformers.
+
+    Args:
+        call: The call; its mask is a FlexAttention block mask, (B or 1, H or 1, N, K) bool or additive, (B, K)
+            padding as FlashAttention's functions get it, or None. FlashAttention aligns a causal mask with the last
+            key, SDPA with the first.
+        rows: The selected rows.
+
+    Returns:
+        The visibility of the rows.
+
+    Raises:
+        ValueError: The mask has another number of dimensions.
+    """
+    mask, num_keys, num_rows = call.mask, call.k_BMKD.shape[2], rows.shape[1]
+    if isinstance(mask, BlockMask):
+        return MaskFunction(rows, mask.mask_mod, call.q_BHND.shape[1], num_keys)
+    if mask is not None and mask.dim() == 4:
+        return Masked(rows, mask, num_keys)
+    if mask is not None and mask.dim() != 2:
+        raise ValueError(
+            f"an attention mask of shape {tuple(mask.shape)} is neither (B, K) nor (B, H, N, K)."
+        )
+    if mask is not None:
+        # Under a static cache the mask is shorter than the cache: what lies behind it does not exist yet.
+        num_keys = mask.shape[1]
+        if not call.is_causal:
+            return Masked(rows, mask.bool()[:, None, None], num_keys)
+        return Causal(rows, offset=num_keys - num_rows, window=call.window, padding_BK=mask.bool())
+    if call.is_flash and call.is_causal:
+        return Causal(rows, offset=num_keys - num_rows, window=call.window)
+    if call.is_causal and num_rows > 1:
+        return Causal(rows)
+    return Everything(num_keys)
