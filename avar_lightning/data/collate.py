@@ -1,0 +1,279 @@
+"""Samples to tensors to batches.
+
+Legend: N tokens of one sample, B samples, I images.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import ProcessorMixin
+
+from avar_lightning.data.sample import Sample, SampleError
+from avar_lightning.roles import Role, message_roles
+
+IGNORE = -100  # the label that cross-entropy leaves out
+_PADDING = {"labels": IGNORE, "role_ids": int(Role.OTHER)}  # and 0 for every other key but input_ids
+
+
+class TooLong(ValueError):
+    """A sample with more than ``max_length`` tokens: dropped whole, as a cut could go through image
+    tokens."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One sample as tensors; its length is its number of tokens.
+
+    Attributes:
+        tensors: ``input_ids, attention_mask, labels, role_ids`` (1, N) and what else the processor made.
+        prompt: The sequence-shaped part of it for the conversation up to the last response, for generation.
+        columns: ``answer``, ``id``, ``source`` and every other JSON field.
+        images: The images themselves, when asked for.
+    """
+
+    tensors: dict[str, Tensor]
+    prompt: dict[str, Tensor] | None
+    columns: dict[str, Any]
+    images: list[Image.Image] | None
+
+    def __len__(self) -> int:
+        return self.tensors["input_ids"].shape[1]
+
+    def marked_repeated(self) -> "Encoded":
+        """The same sample with ``"repeated": True`` in its columns."""
+        return replace(self, columns={**self.columns, "repeated": True})
+
+
+class SampleEncoder:
+    """Encode one sample with a model's own chat template, tokenizer and image processor.
+
+    Args:
+        processor: The model's processor.
+        max_length: Most tokens, image tokens included; longer samples are refused whole.
+        with_prompt: For evaluation: add the prompt, and accept samples without a response.
+        keep_images: Keep the images beside the tensors.
+
+    Raises:
+        ValueError: When the processor has no image processor.
+    """
+
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        *,
+        max_length: int | None = None,
+        with_prompt: bool = False,
+        keep_images: bool = False,
+    ) -> None:
+        if getattr(processor, "image_processor", None) is None:
+            raise ValueError(
+                f"{type(processor).__name__} has no image processor, expected a vision-language model's; "
+                "give the folder of a model that was saved together with its processor"
+            )
+        self.processor = processor
+        self.max_length = max_length
+        self.with_prompt = with_prompt
+        self.keep_images = keep_images
+
+    def __call__(self, sample: Sample) -> Encoded:
+        """Encode ``sample``.
+
+        Raises:
+            SampleError: When its text holds an image placeholder, the processor refuses it, or (in training)
+                no token of it carries loss.
+            TooLong: When it has more than ``max_length`` tokens.
+        """
+        where = f"{sample.shard}: sample {sample.key!r}"
+        self._check_text(sample.messages, where)
+        messages, text = self._render(sample.messages, where)
+        tensors = self._process(text, sample, where)
+        input_ids = tensors["input_ids"]
+        length = input_ids.shape[1]
+        if self.max_length is not None and length > self.max_length:
+            raise TooLong(f"{where}: {length} tokens, more than max_length {self.max_length}")
+        role_ids = message_roles(messages, input_ids[0], self.processor)[None]
+        is_response = role_ids == Role.RESPONSE
+        if not self.with_prompt and not is_response.any():
+            raise SampleError(f"{where}: no token carries loss; expected an assistant turn to learn from")
+        tensors["labels"] = input_ids.masked_fill(~is_response, IGNORE)
+        tensors["role_ids"] = role_ids
+        return Encoded(
+            tensors=tensors,
+            prompt=self._prompt(messages, tensors, sample, where) if self.with_prompt else None,
+            columns=sample.fields(),
+            images=sample.images if self.keep_images else None,
+        )
+
+    def _process(self, text: str, sample: Sample, where: str) -> dict[str, Tensor]:
+        bos = self.processor.tokenizer.bos_token
+        # A template that writes BOS itself must not get a second one from the tokenizer.
+        special = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+        images = [sample.images] if sample.images else None
+        try:
+            made = self.processor(text=[text], images=images, return_tensors="pt", **special)
+        except (ValueError, TypeError, IndexError, StopIteration) as error:
+            kind = type(error).__name__
+            raise SampleError(
+                f"{where}: {type(self.processor).__name__} refuses it ({kind}: {error})"
+            ) from error
+        return dict(made)
+
+    def _check_text(self, messages: list[dict[str, Any]], where: str) -> None:
+        """Refuse text that would become an image token without an image behind it."""
+        token = getattr(self.processor, "image_token", None)
+        if token and any(token in text for text in _texts(messages)):
+            raise SampleError(
+                f'{where}: its text holds the image placeholder {token!r}; use {{"type": "image"}} parts'
+            )
+
+    def _render(self, messages: list[dict[str, Any]], where: str) -> tuple[list[dict[str, Any]], str]:
+        """Render the chat template, with the messages in the form that the template keeps whole.
+
+        Some templates silently drop content that is a string (LLaVA), others want a string for a single text.
+        """
+        for content in (_as_string, _as_parts):
+            form = [{**message, "content": content(message["content"])} for message in messages]
+            text = self.processor.apply_chat_template(form, tokenize=False)
+            # Ends only: templates trim content, and some drop the reasoning of earlier turns.
+            if all(part.strip()[-16:] in text for part in _texts(messages)):
+                return form, text
+        raise SampleError(
+            f"{where}: the template of {type(self.processor).__name__} drops part of its messages"
+        )
+
+    def _prompt(
+        self, messages: list[dict[str, Any]], whole: dict[str, Tensor], sample: Sample, where: str
+    ) -> dict[str, Tensor]:
+        """The conversation up to its last response, with the header that asks for the next one."""
+        asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        if any(
+            part["type"] == "image" for turn in messages[len(asked) :] for part in _as_parts(turn["content"])
+        ):
+            raise SampleError(
+                f"{where}: its last response shows an image; expected images in earlier turns only"
+            )
+        text = self.processor.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        made = self._process(text, sample, where)
+        prompt = {name: value for name, value in made.items() if _is_sequence(value, made["input_ids"])}
+        # What it shares with the whole conversation keeps its roles; the rest is the header, OTHER.
+        shared = min(made["input_ids"].shape[1], len(whole["input_ids"][0]))
+        same = (made["input_ids"][0, :shared] == whole["input_ids"][0, :shared]).int().cumprod(0).bool()
+        prompt["role_ids"] = torch.full_like(made["input_ids"], int(Role.OTHER))
+        prompt["role_ids"][0, :shared][same] = whole["role_ids"][0, :shared][same]
+        return prompt
+
+
+class Collator:
+    """Make one batch of encoded samples.
+
+    Sequences are padded; what else the processor made (pixels, grids, …) is concatenated along its first
+    dimension, with zeros where other dimensions differ.
+
+    Args:
+        pad_token_id: Value of ``input_ids`` on padding.
+        padding_side: Side of the batch's padding; prompts are always padded on the left.
+    """
+
+    def __init__(self, pad_token_id: int, padding_side: Literal["left", "right"] = "right") -> None:
+        if padding_side not in ("left", "right"):
+            raise ValueError(f"padding_side is {padding_side!r}; expected 'left' or 'right'")
+        self.pad_token_id = pad_token_id
+        self.padding_side = padding_side
+
+    def __call__(self, samples: Sequence[Encoded]) -> dict[str, Any]:
+        """Collate samples.
+
+        Returns:
+            ``input_ids, attention_mask, labels, role_ids`` (B, longest N), the processor's other tensors, and
+            ``columns``, a list of dicts; ``prompt`` (tensors) and ``images`` (lists) where the samples have
+            them.
+        """
+        batch: dict[str, Any] = self._tensors([sample.tensors for sample in samples], self.padding_side)
+        prompts = [sample.prompt for sample in samples if sample.prompt is not None]
+        if prompts:
+            batch["prompt"] = self._tensors(prompts, "left")
+        batch["columns"] = [dict(sample.columns) for sample in samples]
+        images = [sample.images for sample in samples if sample.images is not None]
+        if images:
+            batch["images"] = images
+        return batch
+
+    def _tensors(self, rows: Sequence[Mapping[str, Tensor]], side: str) -> dict[str, Tensor]:
+        names = dict.fromkeys(name for row in rows for name in row)
+        return {name: self._merge(name, rows, side) for name in names}
+
+    def _merge(self, name: str, rows: Sequence[Mapping[str, Tensor]], side: str) -> Tensor:
+        example = next(row for row in rows if name in row)
+        if _is_sequence(example[name], example["input_ids"]):
+            return self._merge_sequences(name, rows, side)
+        values = [row.get(name) for row in rows]
+        if _one_row_a_sample(example):
+            # Such a model expects a row for each sample of the batch, also for one without an image.
+            values = [torch.zeros_like(example[name]) if value is None else value for value in values]
+        return _concatenate([value for value in values if value is not None])
+
+    def _merge_sequences(self, name: str, rows: Sequence[Mapping[str, Tensor]], side: str) -> Tensor:
+        fill = self.pad_token_id if name == "input_ids" else _PADDING.get(name, 0)
+        example = next(row[name] for row in rows if name in row)
+        longest = max(row["input_ids"].shape[1] for row in rows)
+        padded = []
+        for row in rows:
+            length = row["input_ids"].shape[1]
+            value = row[name] if name in row else example.new_zeros(1, length, *example.shape[2:])
+            margin = (longest - length, 0) if side == "left" else (0, longest - length)
+            padded.append(F.pad(value, [0, 0] * (value.ndim - 2) + list(margin), value=fill))
+        return _concatenate(padded)
+
+
+def _as_parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return [{name: value for name, value in part.items() if value is not None} for part in content]
+
+
+def _as_string(content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    parts = _as_parts(content)
+    return parts[0]["text"] if len(parts) == 1 and parts[0]["type"] == "text" else parts
+
+
+def _texts(messages: list[dict[str, Any]]) -> list[str]:
+    return [
+        part["text"]
+        for message in messages
+        for part in _as_parts(message["content"])
+        if part["type"] == "text"
+    ]
+
+
+def _is_sequence(value: Tensor, input_ids: Tensor) -> bool:
+    return value.shape[:2] == input_ids.shape
+
+
+def _one_row_a_sample(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether image tensors have a row for each sample (Idefics, Llama-3.2-Vision), not for each image.
+
+    LLaVA's image sizes tell its (image, patch, …) layout apart from (sample, image, …).
+    """
+    pixels = tensors.get("pixel_values")
+    return pixels is not None and pixels.ndim >= 5 and "image_sizes" not in tensors
+
+
+def _concatenate(values: Sequence[Tensor]) -> Tensor:
+    """Concatenate along dim 0, zeros filling the trailing dimensions up to the largest."""
+    if len({value.shape[1:] for value in values}) == 1:
+        return torch.cat(list(values))
+    largest = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values))]
+    padded = []
+    for value in values:
+        margins = [
+            side
+            for size, most in zip(reversed(value.shape[1:]), reversed(largest))
+            for side in (0, most - size)
+        ]
+        padded.append(F.pad(value, margins))
+    return torch.cat(padded)

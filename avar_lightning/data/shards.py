@@ -1,0 +1,284 @@
+"""Shards on disk: write them, find them, count them.
+
+A shard is a WebDataset tar. Beside the shards that this module writes lies ``manifest.json`` with the
+number of samples in each, which gives a data loader its length and every rank its share. Without one, local
+shards are counted by their tar headers; pipes and URLs need a manifest to be counted.
+"""
+
+import glob
+import io
+import json
+import logging
+import re
+import tarfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import braceexpand
+import webdataset as wds
+from PIL import Image
+from tqdm.auto import tqdm
+
+from avar_lightning.data.sample import Sample, SampleError, check_messages
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+_REMOTE = re.compile(r"pipe:|[a-z][a-z0-9+]*://")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard: where it is, and how many samples it holds (``None``: unknown until it is read)."""
+
+    url: str
+    samples: int | None = None
+
+
+class ShardWriter:
+    """Write samples into numbered shards of a folder, all of them or none.
+
+    Everything goes to ``*.tmp`` files, which get their names when the ``with`` block ends well and are
+    deleted when it does not. The bytes depend on the samples alone: equal samples give equal files.
+
+    Args:
+        folder: Where ``shard-000000.tar``, … and ``manifest.json`` go; made if missing.
+        samples_per_shard: Size of every shard but the last.
+        image_format: ``png`` keeps every pixel; ``jpg`` (quality 95) is smaller for photographs.
+        overwrite: Replace the shards that the folder already holds.
+
+    Raises:
+        FileExistsError: When the folder already holds shards and ``overwrite`` is false.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        samples_per_shard: int = 1000,
+        image_format: Literal["png", "jpg"] = "png",
+        overwrite: bool = False,
+    ) -> None:
+        if samples_per_shard < 1:
+            raise ValueError(f"samples_per_shard is {samples_per_shard}; expected at least 1")
+        self.folder = Path(folder)
+        self.samples_per_shard = samples_per_shard
+        self.image_format = image_format
+        self.paths: list[Path] = []
+        self._old = sorted(self.folder.glob("*.tar")) if self.folder.is_dir() else []
+        if self._old and not overwrite:
+            raise FileExistsError(
+                f"{self.folder} already holds {len(self._old)} shard(s); pass overwrite=True to replace them"
+            )
+        self._counts: list[int] = []
+        self._keys: set[str] = set()
+        self._file: io.BufferedWriter | None = None
+        self._tar: wds.TarWriter | None = None
+
+    def write(self, sample: Sample) -> None:
+        """Append one sample under its key, or under its number where it has none.
+
+        Raises:
+            SampleError: When it would be refused on reading, or its key has a dot or was used before.
+        """
+        key = sample.key or f"{len(self._keys):08d}"
+        try:
+            check_messages(sample.messages, len(sample.images))
+            if "." in key or key.startswith("__") or key in self._keys:
+                raise ValueError("its key is in use or has a dot or '__' in front; expected a new plain name")
+        except ValueError as error:
+            raise SampleError(f"{self.folder}: sample {key!r}: {error}") from error
+        document = {"messages": sample.messages, **sample.fields(), "id": sample.id or key}
+        record: dict[str, Any] = {"__key__": key, "json": json.dumps(document, ensure_ascii=False).encode()}
+        for index, image in enumerate(sample.images):
+            record[f"{index}.{self.image_format}"] = _encode_image(image, self.image_format)
+        if self._tar is None or self._counts[-1] == self.samples_per_shard:
+            self._next_shard()
+        assert self._tar is not None
+        self._tar.write(record)
+        self._keys.add(key)
+        self._counts[-1] += 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+        temporary = [_temporary(path) for path in self.paths]
+        if kind is not None:
+            for path in temporary:
+                path.unlink()
+            return
+        for path in self._old:
+            path.unlink()
+        for source, target in zip(temporary, self.paths):
+            source.replace(target)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        entries = [
+            {"name": path.name, "samples": count, "bytes": path.stat().st_size}
+            for path, count in zip(self.paths, self._counts)
+        ]
+        manifest = self.folder / MANIFEST
+        _temporary(manifest).write_text(
+            json.dumps({"samples": sum(self._counts), "shards": entries}, indent=1)
+        )
+        _temporary(manifest).replace(manifest)
+
+    def _next_shard(self) -> None:
+        self._close()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.paths.append(self.folder / f"shard-{len(self.paths):06d}.tar")
+        self._counts.append(0)
+        self._file = _temporary(self.paths[-1]).open("wb")
+        self._tar = wds.TarWriter(self._file, encoder=False, mtime=0, format="PAX_FORMAT")
+
+    def _close(self) -> None:
+        if self._tar is not None and self._file is not None:
+            self._tar.close()
+            self._file.close()
+            self._tar = self._file = None
+
+
+def write_shards(
+    samples: Iterable[Sample],
+    folder: str | Path,
+    *,
+    samples_per_shard: int = 1000,
+    image_format: Literal["png", "jpg"] = "png",
+    overwrite: bool = False,
+    progress: bool = False,
+    total: int | None = None,
+) -> list[Path]:
+    """Write samples into shards of ``folder`` (see :class:`ShardWriter`) and return the shards' paths.
+
+    Args:
+        samples: Anything that yields samples; it is read once.
+        folder: Where the shards go.
+        samples_per_shard: Size of every shard but the last.
+        image_format: ``png`` or ``jpg``.
+        overwrite: Replace the shards that the folder already holds.
+        progress: Show a progress bar.
+        total: Number of samples, for the progress bar, where ``samples`` has no length.
+    """
+    total = len(samples) if total is None and isinstance(samples, Sequence) else total
+    with ShardWriter(
+        folder, samples_per_shard=samples_per_shard, image_format=image_format, overwrite=overwrite
+    ) as writer:
+        for sample in tqdm(
+            samples, total=total, unit="sample", desc=f"writing {folder}", disable=not progress
+        ):
+            writer.write(sample)
+    return writer.paths
+
+
+def expand_urls(spec: str | Path | Sequence[str | Path]) -> list[str]:
+    """List the shards that a specification means, in a fixed order.
+
+    Args:
+        spec: A tar, a folder of tars, a glob, a ``{000..009}`` brace pattern, a ``manifest.json``, a
+            ``pipe:`` command or a URL (both passed through), or a list of these.
+
+    Raises:
+        FileNotFoundError: When nothing is there; the message names the pattern and what to do.
+
+    >>> expand_urls("https://host/train-{00..02}.tar")
+    ['https://host/train-00.tar', 'https://host/train-01.tar', 'https://host/train-02.tar']
+    """
+    return [shard.url for shard in find_shards(spec, count=False)]
+
+
+def find_shards(spec: str | Path | Sequence[str | Path], *, count: bool = True) -> list[Shard]:
+    """As :func:`expand_urls`, with the number of samples in each shard where it can be known.
+
+    Counts come from a manifest, or else from the tar headers of local files. A tar that breaks off counts one
+    sample more than it shows, so that its reader misses that sample and reports it.
+    """
+    if not isinstance(spec, str | Path):
+        return [shard for item in spec for shard in find_shards(item, count=count)]
+    text = str(spec)
+    if text.endswith(MANIFEST) and Path(text).is_file():
+        return _shards_of_manifest(Path(text))
+    urls = [url for pattern in braceexpand.braceexpand(text) for url in _expand_pattern(pattern, spec=text)]
+    if not count:
+        return [Shard(url) for url in urls]
+    manifests: dict[Path, dict[str, Any]] = {}
+    return [Shard(url, _count_samples(url, manifests)) for url in urls]
+
+
+def _expand_pattern(pattern: str, *, spec: str) -> list[str]:
+    if _REMOTE.match(pattern):
+        return [pattern]
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        found = [str(item) for item in sorted(path.glob("*.tar"))]
+        if not found:
+            raise FileNotFoundError(
+                f"no shard in the folder {spec}; expected .tar files there: write them first"
+            )
+        return found
+    found = [str(path)] if path.is_file() else sorted(glob.glob(str(path)))
+    if not found:
+        raise FileNotFoundError(
+            f"no such shard: {pattern}"
+            + (f" (of {spec})" if pattern != spec else "")
+            + "; expected an existing "
+            ".tar file, a folder or pattern of them, a pipe: or a URL: correct the path or write the shards"
+        )
+    return found
+
+
+def _shards_of_manifest(path: Path) -> list[Shard]:
+    entries = json.loads(path.read_text())["shards"]
+    names = [(entry["name"], int(entry["samples"])) for entry in entries]
+    return [Shard(n if _REMOTE.match(n) else str(path.parent / n), samples) for n, samples in names]
+
+
+def _count_samples(url: str, manifests: dict[Path, dict[str, Any]]) -> int | None:
+    if _REMOTE.match(url):
+        return None
+    path = Path(url)
+    if path.parent not in manifests:
+        manifest = path.parent / MANIFEST
+        entries = json.loads(manifest.read_text())["shards"] if manifest.is_file() else []
+        manifests[path.parent] = {entry["name"]: entry for entry in entries}
+    entry = manifests[path.parent].get(path.name)
+    if entry is not None:
+        if entry.get("bytes") in (None, path.stat().st_size):
+            return int(entry["samples"])
+        log.warning("%s is not the file that its %s lists; counting its samples again", url, MANIFEST)
+    return _count_headers(path)
+
+
+def _count_headers(path: Path) -> int:
+    """Count samples by tar headers, grouped as the reader groups them."""
+    count, previous = 0, None
+    try:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                key, suffix = wds.tariterators.base_plus_ext(member.name)
+                if member.isfile() and suffix is not None and not member.name.startswith("__"):
+                    count, previous = count + (key != previous), key
+            assert tar.fileobj is not None
+            tar.fileobj.seek(tar.offset)
+            ends_well = tar.fileobj.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+    except (tarfile.TarError, EOFError, OSError):
+        ends_well = False
+    return count if ends_well else count + 1
+
+
+def _encode_image(image: Image.Image, image_format: str) -> bytes:
+    buffer = io.BytesIO()
+    if image_format == "jpg":
+        image.convert("RGB").save(buffer, "JPEG", quality=95)
+    else:
+        image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
