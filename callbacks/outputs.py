@@ -1,0 +1,68 @@
+"""Write what a validation measured: JSON files, and pictures in the loggers that show them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+
+from avar_lightning.callbacks.measurement import Measurement
+from avar_lightning.callbacks.overlay import Overlay
+from avar_lightning.report import plot_attention_shares, plot_overlay, plot_vas_map, render
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def write_json(path: Path, report: Mapping[str, Any]) -> None:
+    """Write a report as strict JSON, null for NaN and infinity; a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(_finite(report), indent=1, allow_nan=False, default=str) + "\n")
+    os.replace(unfinished, path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def log_pictures(
+    loggers: Sequence[Logger], measured: Measurement, overlays: Sequence[Overlay], *, step: int
+) -> None:
+    """Draw maps, shares and overlays, and give them to each logger that takes pictures.
+
+    Those are TensorBoardLogger and loggers with WandbLogger's `log_image`; without one nothing is drawn.
+    """
+    takers = [item for item in loggers if isinstance(item, TensorBoardLogger) or hasattr(item, "log_image")]
+    if not takers:
+        return
+    for name, figure in _figures(measured, overlays):
+        pixels = render(figure)
+        for logger in takers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image(name, pixels, step, dataformats="HWC")
+            else:
+                logger.log_image(key=name, images=[pixels], step=step)
+
+
+def _figures(measured: Measurement, overlays: Sequence[Overlay]) -> Iterator[tuple[str, Figure]]:
+    for query in measured.queries:
+        map_LH = measured.maps[query].value()
+        if map_LH is not None:
+            title = f"VAS of {query} tokens"
+            yield f"vas/map_{query}", plot_vas_map(map_LH, layers=measured.layers, title=title)
+        if shares := measured.attention_shares(query):
+            title = f"Where {query} tokens attend"
+            yield f"vas/shares_{query}", plot_attention_shares(shares, layers=measured.layers, title=title)
+    for number, overlay in enumerate(overlays):
+        title = "Attention of the response" + ("" if overlay.id is None else f" ({overlay.id})")
+        yield f"vas/overlay_{number}", plot_overlay(overlay.pixels, overlay.grid, title=title)
