@@ -207,7 +207,8 @@ def plot_overlay(
         plain.set_title("Image")
         covered.imshow(pixels.mean(axis=2) if pixels.ndim == 3 else pixels, cmap="gray", vmin=0, vmax=255)
         extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-        top = max(float(heat.max()), 1.0)
+        # At least 2, so that the mean is never the brightest colour.
+        top = max(float(heat.max()), 2.0)
         veil = covered.imshow(
             heat, cmap="inferno", alpha=0.6, extent=extent, interpolation="nearest", vmin=0, vmax=top
         )

@@ -1,5 +1,6 @@
 """VASCallback in somebody else's LightningModule, against float64 eager attention and sums made by hand."""
 
+import inspect
 import json
 import math
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from peft import LoraConfig, get_peft_model
@@ -323,6 +325,15 @@ def test_options_bound_what_is_measured(tmp_path: Path) -> None:
 def test_options_without_meaning_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         VASCallback(**options)
+
+
+def test_help_explains_every_option() -> None:
+    parser = ArgumentParser()
+    parser.add_class_arguments(VASCallback, "vas")
+    text = parser.format_help()
+    for name in inspect.signature(VASCallback).parameters:
+        assert f"--vas.{name}" in text
+    assert "keep its result as the baseline" in " ".join(text.split())
 
 
 def test_loggers_without_pictures_get_numbers(tmp_path: Path) -> None:
