@@ -5,8 +5,9 @@ Shape letters: L layers, B samples, H heads, N query rows.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from avar_lightning.vas import check_masses
 
 
 def attention_guidance_loss(
@@ -20,13 +21,14 @@ def attention_guidance_loss(
 ) -> tuple[Tensor, Tensor]:
     """The published objective: attend to the image, ignore the system prompt (AVAR's AGTO, arXiv 2603.03825).
 
-    With a_K(l, h) the mean weight over the sample's queries and the keys K, that is the mean mass divided by |K|:
+    With a_K(l, h) the mean weight over the sample's queries and the keys K, that is the mean mass divided by
+    |K|:
 
         enhance  = − mean over layers and heads of log(a_image + eps)
         suppress = + mean over layers and heads of log(a_system + eps)
 
-    each then averaged over the samples that have queries and the keys in question. Neither has a floor that a model
-    reaches: suppress falls until log(eps). `attention_share_loss` is the bounded form.
+    each then averaged over the samples that have queries and the keys in question. Neither has a floor that a
+    model reaches: suppress falls until log(eps). `attention_share_loss` is the bounded form.
 
     Args:
         mass_image: Masses on the image tokens (L, B, H, N).
@@ -42,12 +44,13 @@ def attention_guidance_loss(
     Raises:
         ValueError: Shapes differ.
 
+    >>> import torch
     >>> image, system = torch.full((1, 1, 1, 2), 0.5), torch.full((1, 1, 1, 2), 0.2)
     >>> queries, four, two = torch.tensor([[True, True]]), torch.tensor([4]), torch.tensor([2])
     >>> attention_guidance_loss(image, system, queries, four, two, eps=0.0)  # -log(0.5 / 4), log(0.2 / 2)
     (tensor(2.0794), tensor(-2.3026))
     """
-    _check(mass_image, mass_system, query_mask)
+    check_masses(mass_image, mass_system, query_mask)
     for name, counts in (("num_image", num_image), ("num_system", num_system)):
         if counts.shape != query_mask.shape[:1]:
             raise ValueError(
@@ -72,7 +75,8 @@ def attention_share_loss(
 ) -> Tensor:
     """The bounded objective: the image's share of the attention that image and system prompt get.
 
-    With m̄ the mean mass over the sample's queries, s(l, h) = (m̄_image + eps) / (m̄_image + m̄_system + eps):
+    With m̄ the mean mass over the sample's queries, s(l, h) = (m̄_image + eps) / (m̄_image + m̄_system +
+    eps):
 
         share (no target)   mean over layers and heads of −log s, at least 0
         hinge (a target)    mean over layers and heads of max(0, target − s)
@@ -92,11 +96,12 @@ def attention_share_loss(
     Raises:
         ValueError: Shapes differ, or the target is not in (0, 1].
 
+    >>> import torch
     >>> image, system = torch.full((1, 1, 1, 2), 0.3), torch.full((1, 1, 1, 2), 0.1)
     >>> attention_share_loss(image, system, torch.tensor([[True, True]]), target=0.8)
     tensor(0.0500)
     """
-    _check(mass_image, mass_system, query_mask)
+    check_masses(mass_image, mass_system, query_mask)
     if target is not None and not 0.0 < target <= 1.0:
         raise ValueError(f"target is {target}, expected a share in (0, 1], for example 0.8.")
     image_LBH, system_LBH = query_mean(mass_image, query_mask), query_mean(mass_system, query_mask)
@@ -113,20 +118,7 @@ def query_mean(mass: Tensor, query_mask: Tensor) -> Tensor:
 
 
 def _sample_mean(loss_LBH: Tensor, mass: Tensor, qualifies: Tensor) -> Tensor:
-    """Mean over layers, heads and the samples that qualify; without any, a 0 that keeps the graph of `mass`."""
+    """Mean over layers, heads and the samples that qualify; without any, a 0 with the graph of `mass`."""
     # A rank whose batch has no image must still take part in the backward of the others.
     per_sample = loss_LBH.mean((0, 2)).where(qualifies, 0.0)
     return per_sample.sum() / qualifies.sum().clamp(min=1) + 0.0 * mass.sum()
-
-
-def _check(mass_image: Tensor, mass_system: Tensor, query_mask: Tensor) -> None:
-    expected = (mass_image.shape[1], mass_image.shape[-1]) if mass_image.dim() == 4 else None
-    if expected is None or mass_image.shape != mass_system.shape:
-        raise ValueError(
-            f"masses have shapes {tuple(mass_image.shape)} and {tuple(mass_system.shape)}, "
-            "expected the same (layers, batch, heads, sequence); stack the layers of a record with `record.mass_of`."
-        )
-    if query_mask.shape != expected or query_mask.dtype != torch.bool:
-        raise ValueError(
-            f"query_mask is {query_mask.dtype} of shape {tuple(query_mask.shape)}, expected bool of {expected}."
-        )

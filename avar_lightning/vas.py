@@ -1,7 +1,7 @@
-"""Visual Attention Score: how much a query looks at the image, measured in how much it looks at the system prompt.
+"""Visual Attention Score: how much a query looks at the image, in units of its look at the system prompt.
 
-VAS_i(l, h) = m_V(i) / m_S(i), the masses of image and system keys for query i in layer l, head h (AVAR,
-arXiv 2603.03825). The ratio has a heavy tail: heads that hardly look at the system prompt decide the mean. So the
+VAS_i(l, h) = m_V(i) / m_S(i), the masses of image and system keys for query i in layer l, head h (AVAR, arXiv
+2603.03825). The ratio has a heavy tail: heads that hardly look at the system prompt decide the mean. So the
 paper's reduction has robust ones beside it.
 
 Shape letters: L layers, B samples, H heads, N query rows.
@@ -58,7 +58,7 @@ def visual_attention_score(
 def vas_map(
     mass_image: Tensor, mass_system: Tensor, query_mask: Tensor, *, reduction: str = "mean_of_ratios"
 ) -> Tensor:
-    """Visual Attention Score of each layer and head: the reduction over queries alone, then the mean over samples.
+    """Visual Attention Score of each layer and head: reduced over queries alone, then the mean over samples.
 
     Args:
         mass_image: Masses on the image tokens (L, B, H, N).
@@ -84,8 +84,8 @@ def vas_map(
 class VisualAttentionScore(Metric):
     """Mean Visual Attention Score over samples; right under DDP and FSDP, since sum and count are its states.
 
-    The reduction applies within a sample, the mean over samples follows; with `median` that is the mean of the
-    samples' medians. Samples whose score is undefined are not counted.
+    The reduction applies within a sample, the mean over samples follows; with `median` that is the mean of
+    the samples' medians. Samples whose score is undefined are not counted.
 
     Args:
         reduction: One of `REDUCTIONS`.
@@ -95,7 +95,8 @@ class VisualAttentionScore(Metric):
         ValueError: The reduction is unknown.
 
     >>> metric = VisualAttentionScore()
-    >>> metric.update(torch.full((2, 1, 4, 3), 0.6), torch.full((2, 1, 4, 3), 0.2), torch.tensor([[True] * 3]))
+    >>> image, system = torch.full((2, 1, 4, 3), 0.6), torch.full((2, 1, 4, 3), 0.2)
+    >>> metric.update(image, system, query_mask=torch.tensor([[True, True, False]]))
     >>> metric.compute()
     tensor(3.)
     """
@@ -130,7 +131,7 @@ class VisualAttentionScore(Metric):
 def _reduce(
     mass_image: Tensor, mass_system: Tensor, query_mask: Tensor, reduction: str, *, per_head: bool
 ) -> Tensor:
-    """Reduce masses (L, B, H, N) over queries, and over layers and heads unless `per_head`; NaN where undefined.
+    """Reduce masses (L, B, H, N) over queries, and over layers and heads unless `per_head`; NaN if undefined.
 
     Returns:
         (B,), or (L, B, H) per head.
@@ -169,20 +170,20 @@ def _median(values: Tensor) -> Tensor:
 
 def _check(mass_image: Tensor, mass_system: Tensor, query_mask: Tensor, reduction: str) -> None:
     _check_reduction(reduction)
-    _check_masses(mass_image, mass_system, query_mask)
+    check_masses(mass_image, mass_system, query_mask)
 
 
-def _check_masses(mass_image: Tensor, mass_system: Tensor, query_mask: Tensor) -> None:
+def check_masses(mass_image: Tensor, mass_system: Tensor, query_mask: Tensor) -> None:
     """Raise ValueError unless the masses are (L, B, H, N) and the query mask is their bool (B, N)."""
     if mass_image.dim() != 4 or mass_image.shape != mass_system.shape:
         raise ValueError(
             f"masses have shapes {tuple(mass_image.shape)} and {tuple(mass_system.shape)}, "
-            "expected the same (layers, batch, heads, sequence); stack the layers of a record with `record.mass_of`."
+            "expected the same (layers, batch, heads, sequence), as `record.mass_of` returns."
         )
     expected = (mass_image.shape[1], mass_image.shape[3])
     if query_mask.shape != expected or query_mask.dtype != torch.bool:
         raise ValueError(
-            f"query_mask is {query_mask.dtype} of shape {tuple(query_mask.shape)}, expected bool of {expected}."
+            f"query_mask is {query_mask.dtype} {tuple(query_mask.shape)}, expected bool {expected}."
         )
 
 

@@ -1,4 +1,4 @@
-"""Tiny random models of real transformers classes, and batches made by hand. The one place where tests build them."""
+"""Tiny random models of real transformers classes, and batches made by hand: built here and nowhere else."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PATCH_DIM = 3 * 2 * 14 * 14
 def tiny_vlm(
     attn: str = "sdpa", *, dtype: torch.dtype = torch.float32, seed: int = 0, **text: Any
 ) -> PreTrainedModel:
-    """A Qwen2.5-VL of 2 text layers (4 heads of 8, 2 key heads) and 1 vision block, in eval mode, deterministic."""
+    """A Qwen2.5-VL of 2 text layers (4 heads of 8, 2 key heads) and 1 vision block, in eval mode."""
     torch.manual_seed(seed)
     text_config = {
         "vocab_size": 64,

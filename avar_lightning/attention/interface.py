@@ -1,13 +1,13 @@
-"""Observing a Hugging Face VLM's attention, next to any kernel: the context manager and what it hooks into a forward.
+"""Observing a vision-language model's attention, next to any kernel: a context manager and its hooks.
 
-A hook on the text decoder adds a fresh `ForwardObserver` to the keyword arguments of each forward; the attention
-wrapper (`registry`) hands it every layer's queries and keys. It travels in the arguments because gradient
-checkpointing keeps them and runs layers again with them, where they must do the same work as the first time, whether
-or not the context is still open.
+A hook on the text decoder adds a fresh `ForwardObserver` to the keyword arguments of each forward; the
+attention wrapper (`registry`) hands it every layer's queries and keys. It travels in the arguments because
+gradient checkpointing keeps them and runs layers again with them, where they must do the same work as the
+first time, whether or not the context is still open.
 
-What travels is a plain object without masses. Masses live in the record; otherwise checkpointing, which keeps the
-arguments alive from the graph, would close a reference cycle through the graph that is never freed. And it is no
-dataclass, since FSDP2 rebuilds dataclasses that it finds in a forward's arguments.
+What travels is a plain object without masses. Masses live in the record; otherwise checkpointing, which keeps
+the arguments alive from the graph, would close a reference cycle through the graph that is never freed. And
+it is no dataclass, since FSDP2 rebuilds dataclasses that it finds in a forward's arguments.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def observe_attention(
 ) -> Iterator[AttentionRecord]:
     """Record how much attention the queries pay to each group of keys, in every forward inside the context.
 
-    The masses are exact, float32 and differentiable when the forward is; attention dropout does not enter them. The
-    model's own output is untouched, during and after. The record holds the last fresh forward and its cached
-    continuations, so a whole `generate`, whose new tokens count as responses (also those that pad a finished
-    sequence). Contexts nest. Gradient checkpointing works as long as it is not the reentrant kind.
+    The masses are exact, float32 and differentiable when the forward is; attention dropout does not enter
+    them. The model's own output is untouched, during and after. The record holds the last fresh forward and
+    its cached continuations, so a whole `generate`, whose new tokens count as responses (also those that pad
+    a finished sequence). Contexts nest. Gradient checkpointing works as long as it is not the reentrant kind.
 
     Args:
         model: A Hugging Face VLM, or any module that holds one (PEFT, a LightningModule).
@@ -54,15 +54,15 @@ def observe_attention(
         keys: Roles of the key groups.
         layers: Decoder layers to record; by default all whose attention is a softmax over tokens.
         received: Also record the mean attention that every key receives from the queries (no gradient).
-        only_matching: Leave forwards alone whose shape is not that of `role_ids`, instead of raising; for observing
-            inside someone else's code, which may run other forwards too.
+        only_matching: Leave forwards alone whose shape is not that of `role_ids`, instead of raising; for
+            observing inside someone else's code, which may run other forwards too.
 
     Yields:
         The record, filled by each forward.
 
     Raises:
-        ValueError: At once, for roles, layers or a model that make no sense; in a forward, when its shape is not that
-            of `role_ids`, when checkpointing is reentrant, or when the attention cannot be measured.
+        ValueError: At once, for roles, layers or a model that make no sense; in a forward, when its shape is
+            not that of `role_ids`, when checkpointing is reentrant, or when the attention cannot be measured.
 
     Example:
         >>> with observe_attention(model, batch["role_ids"]) as record:  # doctest: +SKIP
@@ -84,7 +84,7 @@ def observe_attention(
 
 
 def find_vlm(module: nn.Module) -> PreTrainedModel:
-    """The Hugging Face vision-language model inside a module: itself, or the outermost one below PEFT or Lightning.
+    """The Hugging Face vision-language model in a module: itself, or the outermost below PEFT or Lightning.
 
     Args:
         module: Any module.
@@ -123,9 +123,8 @@ class _Observer:
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
         """Forward pre-hook of the decoder."""
-        inputs = next(
-            (x for x in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args) if x is not None)
-        )
+        candidates = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args)
+        inputs = next(tensor for tensor in candidates if tensor is not None)
         cache = kwargs.get("past_key_values")
         num_past = int(cache.get_seq_length()) if cache is not None else 0
         role_ids = self._role_ids(inputs.shape[0], inputs.shape[1], num_past, cache)
@@ -148,15 +147,15 @@ class _Observer:
             if missing or not forward.done:
                 which = f"layers {missing} of" if missing else "no layer of"
                 raise ValueError(
-                    f"the attention of {which} {type(decoder).__name__} cannot be observed, because it does not go "
-                    "through transformers' attention registry; choose layers or a model whose attention does."
+                    f"the attention of {which} {type(decoder).__name__} cannot be observed, because it does "
+                    "not go through transformers' attention registry; choose layers or a model whose does."
                 )
             made = getattr(output, "past_key_values", None)
             if self.cache is None and made is not None:
                 self.cache = weakref.ref(made)
 
     def _role_ids(self, batch: int, num_rows: int, num_past: int, cache: Any) -> Tensor | None:
-        """Roles of all keys of this forward (batch, num_past + num_rows), or None when it is to be left alone."""
+        """Roles of this forward's keys (batch, num_past + num_rows), or None when it is to be left alone."""
         given, seen = self.given_ids, self.record.role_ids
         problem = None
         if num_past:
@@ -164,8 +163,8 @@ class _Observer:
             if is_ours and seen.shape[0] == batch and seen.shape[1] >= num_past:
                 return pad(seen[:, :num_past], (0, num_rows), value=int(Role.RESPONSE))
             problem = (
-                f"this forward continues a cache of {num_past} tokens whose beginning was not observed; enter "
-                "observe_attention before the cache is filled."
+                f"this forward continues a cache of {num_past} tokens whose beginning was not observed; "
+                "enter observe_attention before the cache is filled."
             )
         elif (batch, num_rows) == tuple(given.shape):
             return given
@@ -175,8 +174,8 @@ class _Observer:
             return None
         raise ValueError(
             problem
-            or f"role_ids has shape {tuple(given.shape)}, but the forward has (batch, sequence) = {(batch, num_rows)}; "
-            "give the roles of exactly the tokens that the model gets."
+            or f"role_ids has shape {tuple(given.shape)}, but the forward has (batch, sequence) = "
+            f"{(batch, num_rows)}; give the roles of exactly the tokens that the model gets."
         )
 
     def _is_repeated(self, batch: int, num_rows: int) -> bool:
@@ -221,14 +220,14 @@ class ForwardObserver:
         layer: int = call.module.layer_idx  # type: ignore[assignment]
         if self.with_grad and not torch.is_grad_enabled():
             raise ValueError(
-                "attention cannot be observed under reentrant gradient checkpointing, which loses its gradient; "
-                'enable checkpointing with gradient_checkpointing_kwargs={"use_reentrant": False}.'
+                "attention cannot be observed under reentrant gradient checkpointing, which loses its "
+                'gradient; enable checkpointing with gradient_checkpointing_kwargs={"use_reentrant": False}.'
             )
         rows, num_keys = self._rows_on(call.q_BHND.device), call.k_BMKD.shape[2]
         if call.q_BHND.shape[2] != rows.shape[1]:
             raise ValueError(
-                f"layer {layer} attends from {call.q_BHND.shape[2]} of the forward's {rows.shape[1]} rows; attention "
-                "cannot be observed in a layer that drops rows."
+                f"layer {layer} attends from {call.q_BHND.shape[2]} of the forward's {rows.shape[1]} rows; "
+                "attention cannot be observed in a layer that drops rows."
             )
         visible = visibility_of(call, rows)
         roles_BK = self._roles_of_keys(num_keys).to(call.k_BMKD.device)
@@ -256,7 +255,7 @@ class ForwardObserver:
         return self.rows[device]
 
     def _roles_of_keys(self, num_keys: int) -> Tensor:
-        """Roles (B, K) of the keys: a sliding cache keeps the last positions, a static one is longer than they are."""
+        """Roles (B, K) of the keys: a sliding cache keeps the last positions, a static one has spare ones."""
         surplus = num_keys - self.role_ids.shape[1]
         return pad(self.role_ids, (surplus, 0) if surplus < 0 else (0, surplus), value=-1)
 

@@ -1,11 +1,13 @@
 """How much attention each query pays to groups of keys, exact and differentiable, without the N×N matrix.
 
-The mass of a key group is the share of a query's softmax that falls on the group's keys. A fused kernel does not
-return it, so the probabilities are computed again here, a block of query rows at a time: memory is one block, the
-work is proportional to the rows that were asked for, and everything is float32 (float64 for float64 inputs) whatever
-the model's dtype. Backward builds each block once more from the row's normaliser instead of keeping it.
+The mass of a key group is the share of a query's softmax that falls on the group's keys. A fused kernel does
+not return it, so the probabilities are computed again here, a block of query rows at a time: memory is one
+block, the work is proportional to the rows that were asked for, and everything is float32 (float64 for
+float64 inputs) whatever the model's dtype. Backward builds each block once more from the row's normaliser
+instead of keeping it.
 
-Shape letters: B batch, H query heads, M key heads (H = M·R), Q query rows, K keys, D head dimension, G key groups.
+Shape letters: B batch, H query heads, M key heads (H = M·R), Q query rows, K keys, D head dimension, G key
+groups.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ def attention_mass(
 ) -> Tensor:
     """Attention probability that each query row gives to each group of keys.
 
-    mass[b,h,i,g] = Σ_{j∈g} softmax_j(scale · q_i·k_j), over the keys that row i sees. Attention dropout does not
-    enter. Differentiable once, in `q_BHQD` and `k_BMKD`.
+    mass[b,h,i,g] = Σ_{j∈g} softmax_j(scale · q_i·k_j), over the keys that row i sees. Attention dropout does
+    not enter. Differentiable once, in `q_BHQD` and `k_BMKD`.
 
     Args:
         q_BHQD: Queries after rotary embedding, any float dtype; only the rows whose masses are wanted.
@@ -67,7 +69,7 @@ def attention_mass(
         )
     if groups_BKG.shape[:2] != (batch, num_keys):
         raise ValueError(
-            f"groups_BKG has shape {tuple(groups_BKG.shape)}, expected ({batch}, {num_keys}, number of groups)."
+            f"groups_BKG has shape {tuple(groups_BKG.shape)}, expected ({batch}, {num_keys}, groups)."
         )
     scale = head_dim**-0.5 if scale is None else scale
     mass: Tensor = _AttentionMass.apply(q_BHQD, k_BMKD, groups_BKG, visible, scale, softcap)
@@ -222,7 +224,7 @@ def _blocks(
 
 
 def _softmax_(logits_BHQK: Tensor) -> Tensor:
-    """Turn logits into probabilities in place; return their log-sum-exp (B, H, Q), 0 for rows that see nothing."""
+    """Turn logits into probabilities in place; return their log-sum-exp (B, H, Q), 0 where all are hidden."""
     if logits_BHQK.shape[-1] == 0:
         return logits_BHQK.new_zeros(logits_BHQK.shape[:-1])
     top = logits_BHQK.amax(-1, keepdim=True)

@@ -19,8 +19,9 @@ class AttentionRecord:
     """Attention masses of the last fresh forward and of the cached ones that continued it.
 
     Attributes:
-        role_ids: Roles of all rows seen, (B, N); what was generated counts as a response. Before the first forward,
-            the roles that were given. With beams or several returned sequences B is the generation's batch.
+        role_ids: Roles of all rows seen, (B, N); what was generated counts as a response. Before the first
+            forward, the roles that were given. With beams or several returned sequences B is the generation's
+            batch.
         queries: Roles whose rows were recorded.
         keys: Roles of the key groups, in the order of the last dimension of `mass`.
     """
@@ -35,8 +36,8 @@ class AttentionRecord:
     def mass(self) -> dict[int, Tensor]:
         """Masses by layer: float32 (B, H, N, G), zero on rows whose role is not in `queries`.
 
-        After beam search, row i is what the beam that stood in this place at step i saw: beams that were reordered
-        later are not untangled.
+        After beam search, row i is what the beam that stood in this place at step i saw: beams that were
+        reordered later are not untangled.
         """
         return {layer: self._concatenate(layer) for layer in self.layers}
 
@@ -128,7 +129,7 @@ class AttentionRecord:
         return mask_of(self.role_ids, roles or self.queries)
 
     def vas(self) -> Tensor:
-        """Visual Attention Score of each sample (B,): mean of image mass over system mass; NaN where undefined."""
+        """Visual Attention Score of each sample (B,): mean of image over system mass; NaN where undefined."""
         return visual_attention_score(*self._image_system_queries())
 
     def vas_map(self) -> Tensor:
@@ -158,7 +159,8 @@ class ForwardMasses:
 
     Attributes:
         mass: (B, H, rows, G) of each layer.
-        received: Sum over the forward's query rows of what each position received, (B, H, positions); None if unasked.
+        received: Sum over the forward's query rows of what each position received, (B, H, positions); None if
+            unasked.
         num_queries: Query rows of each sample (B,).
     """
 

@@ -1,10 +1,11 @@
 """The one registration with transformers: a wrapper around the attention function that a model uses already.
 
-Each base implementation (eager, sdpa, flash, flex, custom) gets a wrapper in transformers' attention registry, under
-its own name with a prefix, and the text decoder's config is pointed at it. The wrapper calls the base and does
-nothing else unless the forward carries observers in its keyword arguments. It stays in the config when an observing
-context is left, because gradient checkpointing runs layers again in backward, usually later; without observers it
-computes what the base does, bit for bit. A saved config does not name the implementation, so it carries no trace.
+Each base implementation (eager, sdpa, flash, flex, custom) gets a wrapper in transformers' attention
+registry, under its own name with a prefix, and the text decoder's config is pointed at it. The wrapper calls
+the base and does nothing else unless the forward carries observers in its keyword arguments. It stays in the
+config when an observing context is left, because gradient checkpointing runs layers again in backward,
+usually later; without observers it computes what the base does, bit for bit. A saved config does not name the
+implementation, so it carries no trace.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ UNSUPPORTED = {
     "cache": "a paged cache",
     "score_mod": "a score function",
 }
-"""Arguments of attention functions that change the softmax in a way that `attention_mass` does not reproduce."""
+"""Arguments of attention functions that change the softmax in a way that `attention_mass` does not know."""
 
 
 class LayerObserver(Protocol):
@@ -65,7 +66,7 @@ class AttentionCall:
         for name, what in UNSUPPORTED.items():
             if kwargs.get(name) is not None:
                 raise ValueError(
-                    f"attention with {what} (`{name}`) cannot be observed; see docs of observe_attention."
+                    f"attention with {what} (`{name}`) cannot be observed; choose other layers or models."
                 )
         self.module, self.q_BHND, self.k_BMKD, self.mask = module, q_BHND, k_BMKD, mask
         self.is_flash = "flash" in base
@@ -78,8 +79,8 @@ class AttentionCall:
         self.softcap: float | None = kwargs.get("softcap")
         if self.is_flash and mask is None and _is_packed(kwargs.get("position_ids")):
             raise ValueError(
-                "sequences packed into one row cannot be observed under FlashAttention; pad them, or load the model "
-                'with attn_implementation="sdpa".'
+                "sequences packed into one row cannot be observed under FlashAttention; pad them, or load "
+                'the model with attn_implementation="sdpa".'
             )
 
 
@@ -97,7 +98,7 @@ def install(decoder: PreTrainedModel) -> None:
             if hasattr(module, "layer_idx") and "Attention" in type(module).__name__:
                 _eager_function(module)
     AttentionInterface.register(PREFIX + base, _wrapper(base))
-    # Without its own mask function a name gets no mask at all, and padded rows would see other keys than before.
+    # Without its own mask function a name gets no mask at all, and rows would see other keys than before.
     if base in ALL_MASK_ATTENTION_FUNCTIONS:
         AttentionMaskInterface.register(PREFIX + base, ALL_MASK_ATTENTION_FUNCTIONS[base])
     decoder.config._attn_implementation = PREFIX + base
@@ -152,8 +153,8 @@ def _eager_function(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | N
     function = _from_modeling_file(module, "eager_attention_forward")
     if function is None:
         raise ValueError(
-            f"{type(module).__name__} has no eager_attention_forward in its modeling file, so its attention cannot be "
-            'observed; load the model with attn_implementation="sdpa".'
+            f"{type(module).__name__} has no eager_attention_forward in its modeling file, so its attention "
+            'cannot be observed; load the model with attn_implementation="sdpa".'
         )
     return function
 

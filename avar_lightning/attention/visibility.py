@@ -1,4 +1,4 @@
-"""Which keys each selected query row sees: every mask that transformers hands to an attention function, in one shape.
+"""Which keys each selected query row sees: every mask that transformers hands to attention, in one shape.
 
 Shape letters: B batch, H heads, N rows of the forward, Q selected rows, K keys.
 """
@@ -25,8 +25,8 @@ class Visibility(Protocol):
     def __call__(self, start: int, stop: int, num_keys: int) -> Tensor | None:
         """Mask of rows `start:stop` on the first `num_keys` keys, or None when they see them all.
 
-        Shape (B or 1, H or 1, stop - start, num_keys); bool, True for visible, or a float bias that is added to the
-        logits and hides a key where it is as low as its dtype goes.
+        Shape (B or 1, H or 1, stop - start, num_keys); bool, True for visible, or a float bias that is added
+        to the logits and hides a key where it is as low as its dtype goes.
         """
 
 
@@ -167,9 +167,9 @@ def visibility_of(call: AttentionCall, rows: QueryRows) -> Visibility:
     """What the selected rows see in a call of an attention function of transformers.
 
     Args:
-        call: The call; its mask is a FlexAttention block mask, (B or 1, H or 1, N, K) bool or additive, (B, K)
-            padding as FlashAttention's functions get it, or None. FlashAttention aligns a causal mask with the last
-            key, SDPA with the first.
+        call: The call; its mask is a FlexAttention block mask, (B or 1, H or 1, N, K) bool or additive, (B,
+            K) padding as FlashAttention's functions get it, or None. FlashAttention aligns a causal mask with
+            the last key, SDPA with the first.
         rows: The selected rows.
 
     Returns:
