@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def find_processor(module: LightningModule, given: Any = None) -> Any | None:
         given: what the user gave: an object with `apply_chat_template`, or the name or folder of a model.
     """
     if isinstance(given, str):
-        return load_processor(given)
+        return _load_once(given)
     if given is not None:
         return given
     for owner in (module, getattr(module.trainer, "datamodule", None)):
@@ -52,6 +53,11 @@ def find_processor(module: LightningModule, given: Any = None) -> Any | None:
             if hasattr(candidate, "apply_chat_template"):
                 return candidate
     return None
+
+
+@cache
+def _load_once(name: str) -> Any:
+    return load_processor(name)
 
 
 def find_input_ids(batch: Any) -> Tensor:

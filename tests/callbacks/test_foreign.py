@@ -60,6 +60,12 @@ def test_processor_comes_from_the_user_then_the_module_then_its_datamodule() -> 
     assert find_processor(Module()) is None
 
 
+def test_processor_given_by_name_is_loaded_once() -> None:
+    loaded = find_processor(Module(), "demo")
+    assert hasattr(loaded, "apply_chat_template")
+    assert find_processor(Module(), "demo") is loaded
+
+
 def test_batch_of_the_wrong_kind_is_described() -> None:
     with pytest.raises(ValueError, match="validation batch is list, expected a mapping"):
         find_input_ids([torch.ones(2, 3)])
