@@ -35,8 +35,8 @@ class GuidanceConfig:
     """`share` and `hinge`: weight of the loss."""
     target: float = 0.8
     """`hinge`: the share of image in image + system, in (0, 1), from which nothing is asked any more."""
-    queries: list[Role] = field(default_factory=lambda: [Role.RESPONSE])
-    """Whose attention is guided: RESPONSE, USER (the published code's choice), or both."""
+    queries: list[Literal["user", "response"]] = field(default_factory=lambda: ["response"])
+    """Whose attention is guided: `response` tokens, `user` tokens (the published code's choice), or both."""
     layers: list[int] | None = None
     """Decoder layers that are guided; every layer when unset."""
     eps: float = 1e-6
@@ -50,7 +50,12 @@ class GuidanceConfig:
         if not 0 < self.target < 1:
             raise ValueError(f"guidance.target={self.target} is no share, expected a value between 0 and 1.")
         if not self.queries:
-            raise ValueError("guidance.queries is empty, expected RESPONSE, USER or both; or set guidance.form to none.")
+            raise ValueError("guidance.queries is empty, expected response, user or both; or set guidance.form to none.")
+
+    @property
+    def query_roles(self) -> tuple[Role, ...]:
+        """`queries` as roles."""
+        return tuple(Role[name.upper()] for name in self.queries)
 
     @property
     def active(self) -> bool:
@@ -72,7 +77,7 @@ def guide(record: AttentionRecord, config: GuidanceConfig) -> GuidanceOutput:
     """The weighted auxiliary loss of a recorded forward, and what to log of it.
 
     Args:
-        record: Of `observe_attention(model, role_ids, queries=config.queries, layers=config.layers)`, after the forward.
+        record: Of `observe_attention(model, role_ids, queries=config.query_roles, layers=config.layers)`, after the forward.
         config: Form and weights.
 
     Returns:
@@ -80,7 +85,7 @@ def guide(record: AttentionRecord, config: GuidanceConfig) -> GuidanceOutput:
         share and VAS over the guided queries; means are over the samples that have what they need.
     """
     image, system = record.mass_of(Role.IMAGE), record.mass_of(Role.SYSTEM)
-    query_mask = record.query_mask(*config.queries)
+    query_mask = record.query_mask(*config.query_roles)
     logs: dict[str, Tensor] = {}
     if config.form == "published":
         counts = [(record.role_ids == role).sum(dim=1) for role in (Role.IMAGE, Role.SYSTEM)]

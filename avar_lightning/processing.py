@@ -70,16 +70,23 @@ def load_processor(
         and "video_processor" in processor_class.get_attributes()
     )
     loader = image_only(processor_class) if video_only_in_torchvision else AutoProcessor
-    processor = loader.from_pretrained(path)
+    try:
+        processor = loader.from_pretrained(path)
+    except OSError as error:
+        raise ValueError(_no_image_processor(pretrained, model_type)) from error
     image_processor = getattr(processor, "image_processor", None)
     if image_processor is None:
-        raise ValueError(
-            f"{pretrained!r} (model type {model_type!r}) has no image processor, expected a vision-language "
-            "model; give the folder of a model that was saved together with its processor."
-        )
+        raise ValueError(_no_image_processor(pretrained, model_type))
     if min_pixels is not None or max_pixels is not None:
         _limit_pixels(image_processor, min_pixels, max_pixels)
     return processor
+
+
+def _no_image_processor(pretrained: str | Path, model_type: str) -> str:
+    return (
+        f"{str(pretrained)!r} (model type {model_type!r}) has no image processor, expected a vision-language model; "
+        "give the folder of one that was saved together with its processor."
+    )
 
 
 def _limit_pixels(image_processor: object, min_pixels: int | None, max_pixels: int | None) -> None:

@@ -21,7 +21,6 @@ from avar_lightning.guidance import GamingMonitor, GuidanceConfig, GuidanceOutpu
 from avar_lightning.model import VLMConfig, load_model
 from avar_lightning.processing import load_processor
 from avar_lightning.rewards import accuracy_reward
-from avar_lightning.roles import Role
 
 # What a batch carries for us and not for the model's forward.
 NOT_MODEL_INPUTS = ("role_ids", "prompt", "columns", "images")
@@ -105,7 +104,7 @@ class SFTModule(L.LightningModule):
         """LM loss plus guidance of one batch."""
         guidance = self.guidance
         observing = (
-            observe_attention(self.model, batch["role_ids"], queries=guidance.queries, layers=guidance.layers)
+            observe_attention(self.model, batch["role_ids"], queries=guidance.query_roles, layers=guidance.layers)
             if guidance.active
             else nullcontext()
         )

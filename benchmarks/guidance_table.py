@@ -24,7 +24,7 @@ from tqdm import tqdm
 from avar_lightning.report import plot_results, results_table
 
 ROOT = Path(__file__).parents[1]
-QUERY_SETS = {"U": ["USER"], "T": ["RESPONSE"], "U∪T": ["USER", "RESPONSE"]}
+QUERY_SETS = {"U": ["user"], "T": ["response"], "U∪T": ["user", "response"]}
 ARMS = {"plain": ("none", "T")} | {
     f"{form}, Q = {name}": (form, name) for form in ("published", "share", "hinge") for name in QUERY_SETS
 }
