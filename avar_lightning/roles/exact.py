@@ -8,7 +8,7 @@ import torch
 from torch import LongTensor, Tensor
 
 from avar_lightning.roles.role import Role
-from avar_lightning.roles.template import ChatSource, ChatTemplateError, Message, render, tokenizer_of
+from avar_lightning.roles.template import ChatSource, ChatTemplateError, Message, tokenizer_of
 from avar_lightning.roles.tokens import encode, image_token_id, num_bos
 from avar_lightning.roles.turns import Conversation, num_shared, split_conversation
 
@@ -37,11 +37,7 @@ def message_roles(messages: Sequence[Message], input_ids: Tensor, processor: Cha
         )
     conversation = split_conversation(messages, processor)
     ids = input_ids.tolist()
-    texts = [conversation.text]
-    prompted = render(messages, processor, add_generation_prompt=True)
-    if prompted != conversation.text and prompted.startswith(conversation.text):
-        texts.append(prompted)
-    for text in texts:
+    for text in dict.fromkeys((conversation.text, conversation.text + conversation.prompt)):
         roles = _align(text, _character_roles(conversation, len(text), processor), ids, processor)
         if roles is not None:
             return _long(roles).to(input_ids.device)

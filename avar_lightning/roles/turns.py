@@ -35,11 +35,15 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A rendered conversation, its turns in order, and the span of its system part (empty if it has none)."""
+    """A rendered conversation: its turns in order, and the span of its system part (empty if it has none).
+
+    `prompt` is what a generation prompt appends to the text.
+    """
 
     text: str
     turns: list[Turn]
     system: tuple[int, int]
+    prompt: str
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,9 @@ def split_conversation(messages: Sequence[Message], source: ChatSource) -> Conve
     )
     text, shift = _fill_frame(messages, frame, slots, source)
     turns = [Turn(t.role, shift(t.start), shift(t.body), shift(t.end), shift(t.close)) for t in turns]
-    return Conversation(text, turns, (shift(system[0]), shift(system[1])))
+    prompted = render(messages, source, add_generation_prompt=True)
+    prompt = prompted[len(text) :] if prompted.startswith(text) else ""
+    return Conversation(text, turns, (shift(system[0]), shift(system[1])), prompt)
 
 
 @once_per_template
@@ -259,20 +265,32 @@ def _find_turns(
 
     starts, bodies, ends, closes = [start], [start + len(opening)], [], []
     for index, (role, following) in enumerate(pairwise(roles[first:]), first + 1):
-        join = markers.joins[role, following]
-        end = frame.find(join, max(bodies[-1], earliest_end(index - 1)), latest_start(index))
-        if end < 0:
+        join, close = markers.joins[role, following], markers.closes[role]
+        for omitted in _optional_space(join):
+            end = frame.find(join[omitted:], max(bodies[-1], earliest_end(index - 1)), latest_start(index))
+            if end >= 0:
+                break
+        else:
             raise refuse(index)
         ends.append(end)
-        closes.append(end + len(markers.closes[role].rstrip()))
-        starts.append(end + len(markers.closes[role]))
-        bodies.append(end + len(join))
+        closes.append(max(end, end - omitted + len(close.rstrip())))
+        starts.append(max(end, end - omitted + len(close)))
+        bodies.append(end - omitted + len(join))
     tail = markers.tails[roles[-1]]
-    ends.append(len(frame) - len(tail))
-    closes.append(ends[-1] + len(tail.rstrip()))
-    if not frame.endswith(tail) or ends[-1] < max(bodies[-1], earliest_end(len(roles))):
+    for omitted in _optional_space(tail):
+        end = len(frame) - len(tail) + omitted
+        if frame.endswith(tail[omitted:]) and end >= max(bodies[-1], earliest_end(len(roles))):
+            break
+    else:
         raise refuse(len(roles) - 1)
+    ends.append(end)
+    closes.append(max(end, end - omitted + len(tail.rstrip())))
     return [Turn(*turn) for turn in zip(roles[first:], starts, bodies, ends, closes, strict=True)], system
+
+
+def _optional_space(marker: str) -> tuple[int, int]:
+    """How many leading characters a marker may lack: all, or (where a template writes space after texts) its space."""
+    return 0, len(marker) - len(marker.lstrip())
 
 
 def _fill_frame(
