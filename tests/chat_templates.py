@@ -1,8 +1,9 @@
 """Small tokenizers and processors whose chat formats have the structure of four well-known model families.
 
-`FAMILIES` maps a name to a function that builds its processor. The vocabularies are tiny, the structure is not: control
-tokens, default system prompts, trimmed contents, alternation checks, BOS from template and tokenizer, byte-level and
-SentencePiece-like tokenization, and the way in which each processor expands an image are those of the real ones.
+`FAMILIES` maps a name to a function that builds its processor. The vocabularies are tiny, the structure is
+not: control tokens, default system prompts, trimmed contents, alternation checks, BOS from template and
+tokenizer, byte-level and SentencePiece-like tokenization, and each processor's way to expand an image are
+those of the real ones.
 """
 
 import re
@@ -22,11 +23,13 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-WORDS = """user assistant system model USER ASSISTANT You are a helpful assistant. Which shape is this? What colour has
-it? It is a red circle, blue square. The first and the second picture: look again. Answer in one word. Yes. No.""".split()
+TEXT = """user assistant system model USER ASSISTANT You are a helpful assistant. Which shape is this? What colour
+has it? It is a red circle, blue square. The first and the second picture: look again. Answer in one word. No."""
 
 QWEN_TEMPLATE = """
-{%- if messages[0].role != 'system' %}{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}
+{%- if messages[0].role != 'system' %}
+    {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
+{%- endif %}
 {%- for turn in messages %}
     {{- '<|im_start|>' + turn.role + '\\n' }}
     {%- if turn.content is string %}{{ turn.content }}
@@ -111,9 +114,7 @@ class FakeProcessor:
     Images are given as their numbers of placeholder tokens, `expand` makes the replacement for `marker`.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, marker: str, expand: Callable[[int], str] | None
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, marker: str, expand: Callable[[int], str] | None) -> None:
         self.tokenizer = tokenizer
         self.image_token_id = tokenizer.convert_tokens_to_ids(marker)
         self.marker, self.expand = marker, expand
@@ -133,15 +134,17 @@ def _byte_level(control: list[str], bos: str | None) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator([" ".join(WORDS), "\n\n\n"], trainer)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator([TEXT, "\n\n\n"], trainer)
     return _finish(tokenizer, control, bos)
 
 
 def _sentence_piece(control: list[str], bos: str, normalizer: normalizers.Normalizer) -> Tokenizer:
     pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *map(chr, range(33, 127)), "▁", "\n"]
     merges = [("\n", "\n"), ("\n\n", "\n"), ("\n\n", "\n\n")]
-    for word in WORDS:
+    for word in TEXT.split():
         left = "▁"
         for letter in word:
             merges.append((left, letter))
@@ -151,9 +154,7 @@ def _sentence_piece(control: list[str], bos: str, normalizer: normalizers.Normal
     vocab = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizer
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return _finish(tokenizer, control, bos)
 
 
@@ -207,7 +208,7 @@ def llama() -> FakeProcessor:
 
 
 def llava() -> FakeProcessor:
-    """No control tokens: headers are plain words, whose spaces merge with contents. BOS only from the tokenizer."""
+    """No control tokens: headers are plain words, whose spaces merge with contents. BOS from the tokenizer."""
     normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=_sentence_piece(["<s>", "</s>", "<pad>", "<image>"], "<s>", normalizer),
@@ -221,7 +222,10 @@ def llava() -> FakeProcessor:
 
 
 def gemma() -> FakeProcessor:
-    """The processor writes line breaks around images, which merge with the header's; its `image_token_id` is not IMAGE."""
+    """The processor writes line breaks around images, which merge with the header's.
+
+    Its `image_token_id` is the token that it replaces, the tokenizer's is the placeholder.
+    """
     control = ["<bos>", "<eos>", "<pad>", "<start_of_turn>", "<end_of_turn>"]
     control += ["<start_of_image>", "<end_of_image>", "<image_soft_token>"]
     tokenizer = PreTrainedTokenizerFast(

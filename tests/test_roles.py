@@ -11,7 +11,7 @@ from PIL import Image
 
 from avar_lightning.processing import load_processor
 from avar_lightning.roles import ChatTemplateError, Role, message_roles, tag_roles
-from tests.chat_templates import FAMILIES, FakeProcessor
+from tests.chat_templates import FAMILIES
 
 OTHER, SYSTEM, USER, IMAGE, RESPONSE = Role
 PICTURE = {"type": "image"}
@@ -34,8 +34,7 @@ def encode(processor, messages, images=(), *, prompt=False):
 def segments(processor, ids, roles):
     """Runs of equal role with the tokens' spelling, spaces and line breaks as characters."""
     spelled = [
-        re.sub("[Ġ▁]", " ", t).replace("Ċ", "\n")
-        for t in processor.tokenizer.convert_ids_to_tokens(ids.tolist())
+        re.sub("[Ġ▁]", " ", t).replace("Ċ", "\n") for t in processor.tokenizer.convert_ids_to_tokens(ids.tolist())
     ]
     runs = []
     for token, role in zip(spelled, roles.tolist(), strict=True):
@@ -106,7 +105,7 @@ BY_HAND = {
         ("Red", RESPONSE),
         (" ", OTHER),
     ],
-    "gemma": [  # the line breaks around an image merge with what stands before them; the system text is in the user turn
+    "gemma": [  # line breaks around an image merge with what stands before; the system text is in the user turn
         ("<bos><bos><start_of_turn>user\n", OTHER),
         ("Look again.", SYSTEM),
         ("\n\n\n\n<start_of_image>", USER),
@@ -250,9 +249,7 @@ def test_padding(family, side, masked, pad_is_end_of_turn):
 
     mask = pad([torch.ones_like(ids) for ids in rows], 0)
     batch = pad(rows, tokenizer.pad_token_id)
-    tagged = tag_roles(
-        batch, tokenizer if family != "qwen" else processor, attention_mask=mask if masked else None
-    )
+    tagged = tag_roles(batch, tokenizer if family != "qwen" else processor, attention_mask=mask if masked else None)
     assert torch.equal(tagged, pad(roles, int(OTHER)))
 
 
@@ -260,9 +257,7 @@ def test_padding(family, side, masked, pad_is_end_of_turn):
 def test_generated_tokens_are_response_until_end_of_turn(family):
     processor = build(family)
     prompt = encode(processor, CONVERSATION[1:2], SIZES, prompt=True)
-    answer = processor.tokenizer("a red circle", add_special_tokens=False, return_tensors="pt")["input_ids"][
-        0
-    ]
+    answer = processor.tokenizer("a red circle", add_special_tokens=False, return_tensors="pt")["input_ids"][0]
     end = torch.tensor([processor.tokenizer.eos_token_id])
     pads = torch.full((3,), processor.tokenizer.pad_token_id)
     going_on = tag_roles(torch.cat([prompt, answer])[None], processor)[0]
@@ -307,9 +302,7 @@ TYPED = {
 
 @st.composite
 def conversations(draw, family):
-    letters = st.text(
-        st.sampled_from("ab Zé漢.,?7\n\t") | st.characters(codec="ascii", categories=["L", "P"])
-    )
+    letters = st.text(st.sampled_from("ab Zé漢.,?7\n\t") | st.characters(codec="ascii", categories=["L", "P"]))
     text = st.lists(st.sampled_from(TYPED[family]) | letters, min_size=1, max_size=4).map("".join)
     text = text.filter(lambda some: bool(some.strip()))
     messages, sizes = [], []
@@ -468,8 +461,8 @@ def test_ids_that_are_refused():
         tag_roles(torch.arange(3), processor)
     with pytest.raises(ValueError, match=r"attention_mask has shape \(1, 2\), expected \(1, 3\)"):
         tag_roles(torch.arange(3)[None], processor, attention_mask=torch.ones(1, 2))
+    ids = encode(processor, TEXT_ONLY)
     with pytest.raises(ValueError, match="row 1 of input_ids has no user turn"):
-        ids = encode(processor, TEXT_ONLY)
         tag_roles(torch.stack([ids, torch.full_like(ids, 7)]), processor)
 
 
@@ -486,17 +479,14 @@ def test_roles_of_the_demo_processor():
 
 
 def test_a_slow_tokenizer_is_refused():
-    class Slow(FakeProcessor):
-        """A processor whose tokenizer reports no offsets."""
-
     processor = FAMILIES["qwen"]()
     ids = encode(processor, TEXT_ONLY)
 
     class SlowTokenizer:
         is_fast, bos_token, bos_token_id, name_or_path = False, None, None, "tiny-slow"
-        image_token_id = 0
+        image_token_id, chat_template = 0, processor.tokenizer.chat_template
         get_added_vocab = staticmethod(processor.tokenizer.get_added_vocab)
         apply_chat_template = staticmethod(processor.tokenizer.apply_chat_template)
 
-    with pytest.raises(ChatTemplateError, match="'tiny-slow' .* slow tokenizer"):
+    with pytest.raises(ChatTemplateError, match=r"'tiny-slow' .* slow tokenizer"):
         message_roles(TEXT_ONLY, ids, SlowTokenizer())

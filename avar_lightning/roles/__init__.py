@@ -1,9 +1,10 @@
 """Who each token of a conversation is: system, user, image, response, or none of these.
 
-Every token has exactly one role. `message_roles` is exact: it knows the messages and accounts for every token id.
-`tag_roles` serves batches that come with token ids alone: it learns the header tokens of a tokenizer's own chat template
-and finds them. Text that a user typed as control tokens (`<|im_start|>assistant`) can mislead the second, never the
-first, and so does a system message that the template writes inside the first user turn (Gemma): it is tagged USER.
+Every token has exactly one role. `message_roles` is exact: it knows the messages and accounts for every token
+id. `tag_roles` serves batches that come with token ids alone: it learns the header tokens of a tokenizer's
+own chat template and finds them. Control tokens that a user typed (`<|im_start|>assistant`) can mislead the
+second, never the first; and the second gives USER to a system message that the template writes inside the
+first user turn (Gemma), because the ids do not show where it ends.
 
 | text | role |
 |---|---|

@@ -5,23 +5,23 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 
 from avar_lightning.roles.role import Role
-from avar_lightning.roles.template import ChatSource, ChatTemplateError, Message, tokenizer_of
+from avar_lightning.roles.template import ChatSource, Message, template_error, tokenizer_of
 from avar_lightning.roles.tokens import encode, image_token_id, num_bos
 from avar_lightning.roles.turns import Conversation, num_shared, split_conversation
 
 _CONTENT_ROLE = {"user": Role.USER, "assistant": Role.RESPONSE}
 
 
-def message_roles(messages: Sequence[Message], input_ids: Tensor, processor: ChatSource) -> LongTensor:
+def message_roles(messages: Sequence[Message], input_ids: Tensor, processor: ChatSource) -> Tensor:
     """Exact roles of one encoded conversation.
 
     Args:
         messages: Hugging Face chat messages, with at least one user turn.
-        input_ids: (N,) integer, unpadded: what `processor` made of the rendered messages and their images, with or
-            without a generation prompt (whose tokens are OTHER).
+        input_ids: (N,) integer, unpadded: what `processor` made of the rendered messages and their images,
+            with or without a generation prompt (whose tokens are OTHER).
         processor: the processor, or for ids without expanded images a bare (fast) tokenizer.
 
     Returns:
@@ -40,16 +40,12 @@ def message_roles(messages: Sequence[Message], input_ids: Tensor, processor: Cha
     for text in dict.fromkeys((conversation.text, conversation.text + conversation.prompt)):
         roles = _align(text, _character_roles(conversation, len(text), processor), ids, processor)
         if roles is not None:
-            return _long(roles).to(input_ids.device)
-    raise ChatTemplateError(
+            return torch.tensor(roles, dtype=torch.long, device=input_ids.device)
+    raise template_error(
         processor,
         f"does not turn these {len(messages)} messages into the given {len(ids)} token ids",
-        "encode processor.apply_chat_template(messages, tokenize=False) with the same processor, unpadded and untruncated",
+        "encode processor.apply_chat_template(messages, tokenize=False) with this processor, neither padded nor cut",
     )
-
-
-def _long(values: Sequence[int]) -> LongTensor:
-    return torch.tensor(values, dtype=torch.long)  # type: ignore[return-value]
 
 
 def _character_roles(conversation: Conversation, length: int, source: ChatSource) -> list[int]:
@@ -72,22 +68,23 @@ def _character_roles(conversation: Conversation, length: int, source: ChatSource
 
 @dataclass(frozen=True)
 class _Stretch:
-    """A run of the text's tokens `[start, end)` between images, and the place `found` of its first kept token."""
+    """The text's tokens `[start, end)`, a run between images, and the place `found` in the ids where it begins."""
 
     start: int
     end: int
     found: int
 
 
-# At most this many tokens beside an image may be merged with the line breaks that a processor writes around it.
+# At most so many tokens beside an image may be merged with the line breaks that a processor writes around it.
 _MAX_MERGED = 2
 
 
 def _align(text: str, character_roles: list[int], ids: list[int], source: ChatSource) -> list[int] | None:
     """Roles of `ids`, which must be the tokens of `text` with every image expanded; None if they are not.
 
-    Text between images has to be found token by token, in order and without gaps. Only a processor's expansion of an
-    image is new: it must hold a placeholder, and apart from added tokens and white space no text of its own.
+    Text between images has to be found token by token, in order and without gaps. Only a processor's
+    expansion of an image is new: it must hold a placeholder, and apart from added tokens and white space no
+    text of its own.
     """
     skipped, image_id = num_bos(ids, source), image_token_id(source)
     tokens, offsets = encode(text, source)
@@ -108,10 +105,12 @@ def _align(text: str, character_roles: list[int], ids: list[int], source: ChatSo
                 before = stretches[index - 1]
                 span = range(before.end, stretch.start)
                 expansion = ids[len(roles) : stretch.found]
-                if not _is_expansion(expansion, [tokens[i] for i in span], image_id, source):
+                between = [i for i in images if i in span]
+                image_roles = set(token_roles[between[0] : between[-1] + 1])
+                replaced = [tokens[i] for i in span]
+                if len(image_roles) > 1 or not _is_expansion(expansion, replaced, image_id, source):
                     return None
-                image = next(i for i in span if tokens[i] in markers)
-                roles += [token_roles[image]] * len(expansion)
+                roles += [*image_roles] * len(expansion)
             roles += token_roles[stretch.start : stretch.end]
     roles = [int(Role.IMAGE) if token == image_id else role for token, role in zip(ids, roles, strict=True)]
     return [int(Role.OTHER)] * skipped + roles
@@ -163,11 +162,11 @@ def _find_sublist(wanted: list[int], ids: list[int], start: int, stop: int) -> i
 
 
 def _is_expansion(ids: list[int], tokens: list[int], image_id: int | None, source: ChatSource) -> bool:
-    """Whether `ids` hold a placeholder, and the same text as `tokens` apart from added tokens and white space."""
+    """Whether `ids` hold a placeholder, and the text of `tokens` but for added tokens and white space."""
     tokenizer = tokenizer_of(source)
     added = set(tokenizer.get_added_vocab().values())
 
     def words(some: list[int]) -> str:
-        return "".join(tokenizer.decode([token for token in some if token not in added]).split())
+        return "".join(str(tokenizer.decode([token for token in some if token not in added])).split())
 
     return image_id in ids and words(ids) == words(tokens)

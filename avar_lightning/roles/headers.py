@@ -9,6 +9,7 @@ from avar_lightning.roles.template import (
     ChatTemplateError,
     Message,
     once_per_template,
+    template_error,
     tokenizer_of,
 )
 from avar_lightning.roles.tokens import encode
@@ -47,7 +48,7 @@ def learn_token_format(source: ChatSource) -> TokenFormat:
     """Read the token sequences around contents off probe conversations, whose turns are known.
 
     Raises:
-        ChatTemplateError: the template cannot be segmented, or its headers cannot be told from contents by tokens.
+        ChatTemplateError: the template cannot be segmented, or its headers merge with contents.
     """
     first: set[Header] = set()
     later: set[Header] = set()
@@ -66,7 +67,7 @@ def learn_token_format(source: ChatSource) -> TokenFormat:
         if last.role == "user" and prompted[last.end :].strip() == to_assistant:
             later |= _Probe(prompted, source).headers(last.end, len(prompted), "assistant")
     if not first or {header.role for header in later} != {"user", "assistant"}:
-        raise ChatTemplateError(
+        raise template_error(
             source,
             "writes headers that merge with the text beside them, so that they cannot be found in token ids",
             "put role_ids into the batch",
@@ -133,6 +134,6 @@ def _probe_conversations(source: ChatSource) -> list[Conversation]:
     for messages in candidates:
         try:
             found.append(split_conversation(messages, source))
-        except ChatTemplateError:
-            continue  # a template may refuse strings, parts, images or a system message; plain turns it has taken
+        except ChatTemplateError:  # a template may refuse strings, parts, images or a system message
+            continue
     return found

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 
 from avar_lightning.roles.headers import Header, Ids, TokenFormat, learn_token_format
 from avar_lightning.roles.role import Role
@@ -11,19 +11,17 @@ from avar_lightning.roles.template import ChatSource, tokenizer_of
 from avar_lightning.roles.tokens import image_token_id, num_bos
 
 
-def tag_roles(
-    input_ids: Tensor, tokenizer: ChatSource, *, attention_mask: Tensor | None = None
-) -> LongTensor:
-    """Roles of a batch that brings only token ids, found by the header tokens of the tokenizer's chat template.
+def tag_roles(input_ids: Tensor, tokenizer: ChatSource, *, attention_mask: Tensor | None = None) -> Tensor:
+    """Roles of a batch that brings only token ids, found by the header tokens of its chat template.
 
-    What a model generated after the last assistant header is RESPONSE up to its end-of-turn token. Agrees with
-    `message_roles` but for control tokens that a user typed, and for a system message that the template puts inside the
-    first user turn without a mark of its own (Gemma): that text is USER here.
+    What a model generated after the last assistant header is RESPONSE up to its end-of-turn token. Agrees
+    with `message_roles` but for control tokens that a user typed, and for a system message that the template
+    puts inside the first user turn (Gemma): that text is USER here.
 
     Args:
         input_ids: (B, N) integer, padded on either side.
         tokenizer: the tokenizer, or the processor around it.
-        attention_mask: (B, N), zero on padding. Without it, padding is the runs of `pad_token_id` at both ends.
+        attention_mask: (B, N), zero on padding. Without it, runs of `pad_token_id` at both ends are padding.
 
     Returns:
         (B, N) int64 `Role` values, on the device of `input_ids`.
@@ -33,9 +31,7 @@ def tag_roles(
         ChatTemplateError: the template cannot be segmented, or not by its tokens.
     """
     if input_ids.ndim != 2:
-        raise ValueError(
-            f"input_ids has shape {tuple(input_ids.shape)}, expected (B, N); add the batch dimension"
-        )
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected (B, N); add the batch dimension")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}, expected {tuple(input_ids.shape)}; "
@@ -57,7 +53,7 @@ def tag_roles(
             _close_by_padding(roles[row], ids[row], real[row], form)
     if image_id is not None:
         roles[real & (ids == image_id)] = Role.IMAGE
-    return roles.to(input_ids.device)  # type: ignore[return-value]
+    return roles.to(input_ids.device)
 
 
 def _off_padding(ids: Tensor, source: ChatSource) -> Tensor:
@@ -70,9 +66,7 @@ def _off_padding(ids: Tensor, source: ChatSource) -> Tensor:
 def _close_by_padding(roles: Tensor, ids: Tensor, real: Tensor, form: TokenFormat) -> None:
     """Give an unfinished response its end, where the token that ends turns serves as padding too."""
     last = int(real.nonzero().max())
-    unfinished = roles[last] == Role.RESPONSE and not any(
-        _ends_with(ids[: last + 1], end) for end in form.ends
-    )
+    unfinished = roles[last] == Role.RESPONSE and not any(_ends_with(ids[: last + 1], end) for end in form.ends)
     if unfinished and last + 1 < len(ids) and (int(ids[last + 1]),) in form.ends:
         roles[last + 1] = Role.RESPONSE
 
@@ -95,16 +89,12 @@ def _tag_row(ids: Tensor, form: TokenFormat, source: ChatSource) -> Tensor | Non
 
     stops = [position for position, _ in headers[1:]] + [len(ids)]
     bodies = [position + len(header.ids) for position, header in headers]
-    for (_, header), body, stop, next_body in zip(
-        headers, bodies, stops, [*bodies[1:], len(ids)], strict=True
-    ):
+    for (_, header), body, stop, next_body in zip(headers, bodies, stops, [*bodies[1:], len(ids)], strict=True):
         endings = [body + at + len(end) for end in form.ends for at in _find(ids[body:next_body], end)]
         if header.role == "assistant" and endings:
             stop = min(endings)
         elif stop == len(ids):
-            stop -= max(
-                (len(tail) for tail in form.tails[header.role] if _ends_with(ids[body:], tail)), default=0
-            )
+            stop -= max((len(tail) for tail in form.tails[header.role] if _ends_with(ids[body:], tail)), default=0)
         roles[body:stop] = Role.RESPONSE if header.role == "assistant" else Role.USER
     return roles
 

@@ -13,17 +13,20 @@ Learned = TypeVar("Learned")
 
 
 class ChatTemplateError(ValueError):
-    """A chat template cannot be segmented into turns, or does not explain the token ids it is said to have made."""
+    """A chat template cannot be segmented, or does not explain the token ids it is said to have made."""
 
-    def __init__(self, source: ChatSource, problem: str, fix: str):
-        tokenizer = tokenizer_of(source)
-        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-        super().__init__(f"the chat template of {name!r} {problem}; {fix}")
+
+def template_error(source: ChatSource, problem: str, fix: str) -> ChatTemplateError:
+    """The error for a problem with the chat template of `source`, which it names."""
+    tokenizer = tokenizer_of(source)
+    name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+    return ChatTemplateError(f"the chat template of {name!r} {problem}; {fix}")
 
 
 def tokenizer_of(source: ChatSource) -> PreTrainedTokenizerBase:
     """The tokenizer of a processor, or the tokenizer itself."""
-    return getattr(source, "tokenizer", source)
+    tokenizer: Any = getattr(source, "tokenizer", source)
+    return tokenizer
 
 
 def once_per_template(learn: Callable[[ChatSource], Learned]) -> Callable[[ChatSource], Learned]:
@@ -44,19 +47,20 @@ def once_per_template(learn: Callable[[ChatSource], Learned]) -> Callable[[ChatS
 
 
 def render(messages: Sequence[Message], source: ChatSource, *, add_generation_prompt: bool = False) -> str:
-    """Render messages to text with the chat template of a processor, or of its tokenizer if only that has one.
+    """Render messages to text with the chat template of a processor, or else of its tokenizer.
 
     Raises:
         ChatTemplateError: there is no template, or the template refuses the messages.
     """
-    owner = tokenizer_of(source) if getattr(source, "chat_template", "") is None else source
+    tokenizer: Any = tokenizer_of(source)
+    owner: Any = tokenizer if getattr(source, "chat_template", "") is None else source
+    if getattr(owner, "chat_template", getattr(tokenizer, "chat_template", None)) is None:
+        raise template_error(source, "is missing", "set tokenizer.chat_template, or load a model tuned for chat")
     try:
-        return owner.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        return owner.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # a template is foreign code: it may raise anything
         roles = ", ".join(str(message.get("role")) for message in messages)
-        raise ChatTemplateError(
+        raise template_error(
             source,
             f"failed on the roles [{roles}] ({error})",
             "order the messages as the template expects, or set a tokenizer.chat_template that takes them",

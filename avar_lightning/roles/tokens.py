@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from avar_lightning.roles.template import ChatSource, ChatTemplateError, once_per_template, tokenizer_of
+from avar_lightning.roles.template import ChatSource, ChatTemplateError, once_per_template, template_error, tokenizer_of
 from avar_lightning.roles.turns import split_conversation
 
 
@@ -10,7 +10,7 @@ def encode(text: str, source: ChatSource) -> tuple[list[int], list[tuple[int, in
     """Token ids of a rendered text, and the span of characters that each stands for."""
     tokenizer = tokenizer_of(source)
     if not tokenizer.is_fast:
-        raise ChatTemplateError(
+        raise template_error(
             source,
             "cannot be matched with token ids, because a slow tokenizer reports no character offsets",
             "load the tokenizer with use_fast=True",
@@ -29,9 +29,9 @@ def num_bos(ids: Sequence[int], source: ChatSource) -> int:
 def image_token_id(source: ChatSource) -> int | None:
     """The id of the token that stands for a piece of an image, None where the chat template knows no images.
 
-    Tokenizer and processor usually name it. (Where both do, the tokenizer is right: Gemma 3's processor names the token
-    that it replaces.) For a bare tokenizer it is the single added token that the template writes for an image, or the
-    middle one of three: start, placeholder, end.
+    Tokenizer and processor usually name it; where both do, the tokenizer is right (Gemma 3's processor names
+    the token that it replaces). For a bare tokenizer it is the single added token that the template writes
+    for an image, or the middle one of three: start, placeholder, end.
 
     Raises:
         ChatTemplateError: the template writes another number of added tokens for an image.
@@ -51,7 +51,7 @@ def image_token_id(source: ChatSource) -> int | None:
     tokens, _ = encode(conversation.text[turn.body : turn.end], source)
     written = [token for token in tokens if token in added]
     if len(written) not in (0, 1, 3):
-        raise ChatTemplateError(
+        raise template_error(
             source,
             f"writes {len(written)} added tokens for an image, so that its placeholder is not known",
             "pass the model's processor instead of its tokenizer",

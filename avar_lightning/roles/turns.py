@@ -1,9 +1,9 @@
 """Where each turn of a rendered conversation begins and ends, in characters.
 
-A chat template is a program, so nothing is assumed about its text. Every message's text is replaced by a sentinel that
-the user cannot have typed, and what the template writes between the sentinels (the frame) shows its headers and
-end-of-turn markers. The frame plus what the template makes of each text must give the real rendering back, character
-for character; if not, the template is refused.
+A chat template is a program, so nothing is assumed about its text. Every message's text is replaced by a
+sentinel that the user cannot have typed, and what the template writes between the sentinels (the frame) shows
+its headers and end-of-turn markers. The frame plus what the template makes of each text must give the real
+rendering back, character for character; if not, the template is refused.
 """
 
 import re
@@ -18,6 +18,7 @@ from avar_lightning.roles.template import (
     Message,
     once_per_template,
     render,
+    template_error,
     tokenizer_of,
 )
 
@@ -55,7 +56,7 @@ class Markers:
         joins: everything between a content and the content of the next turn.
         closes: the part of a join that belongs to the turn that ends, and not to the next header.
         tails: what follows a content when the conversation ends there.
-        system_gap: text between the system's and the user's content where the template puts both into one turn.
+        system_gap: text between the system's and the user's content where a template puts both into one turn.
     """
 
     opens: dict[str, str]
@@ -82,9 +83,7 @@ def split_conversation(messages: Sequence[Message], source: ChatSource) -> Conve
     """
     _check_messages(messages)
     frame, slots = _render_frame(messages, source)
-    turns, system = _find_turns(
-        [message["role"] for message in messages], frame, slots, learn_markers(source), source
-    )
+    turns, system = _find_turns([message["role"] for message in messages], frame, slots, learn_markers(source), source)
     text, shift = _fill_frame(messages, frame, slots, source)
     turns = [Turn(t.role, shift(t.start), shift(t.body), shift(t.end), shift(t.close)) for t in turns]
     prompted = render(messages, source, add_generation_prompt=True)
@@ -105,10 +104,10 @@ def learn_markers(source: ChatSource) -> Markers:
     close_user = _common_start(tails["user"], after_user, source)
     close_assistant = _common_start(tails["assistant"], after_assistant, source)
     open_assistant = after_user.removeprefix(close_user)
-    # The first header may lack the separator that later ones begin with, so only what they share identifies it.
+    # The first header may lack the separator that later ones begin with, so what they share identifies it.
     open_user = _common_end(head, after_assistant.removeprefix(close_assistant), source)
     if not open_user.strip() or not after_user.strip() or after_user == after_assistant:
-        raise ChatTemplateError(
+        raise template_error(
             source,
             "does not mark where user and assistant turns begin",
             "set a tokenizer.chat_template that writes a header for each role",
@@ -132,7 +131,7 @@ def learn_markers(source: ChatSource) -> Markers:
 
 
 def _make_probe(source: ChatSource) -> Callable[..., list[str]]:
-    """A function from roles to what the template writes around sentinel contents, in the content form it reads."""
+    """A function from roles to what the template writes around contents, in the content form that it reads."""
 
     def probe_as(content: Callable[[str], Any], *roles: str) -> list[str]:
         messages = [{"role": role, "content": content("x")} for role in roles]
@@ -164,18 +163,18 @@ class _Slot:
 def _check_messages(messages: Sequence[Message]) -> None:
     roles = [message.get("role") for message in messages]
     if "user" not in roles:
-        raise ValueError(
-            f"the messages have the roles {roles} and no user turn; add a message with role 'user'"
-        )
+        raise ValueError(f"the messages have the roles {roles} and no user turn; add a message with role 'user'")
     for index, role in enumerate(roles):
         if role not in ("user", "assistant") and (role != "system" or index > 0):
             raise ValueError(
-                f"message {index} has the role {role!r}; use one 'system' message at the start, then 'user' and 'assistant'"
+                f"message {index} has the role {role!r}; begin with at most one 'system' message, then use 'user' "
+                "and 'assistant'"
             )
         content = messages[index].get("content")
         if not isinstance(content, str | list):
             raise ValueError(
-                f"message {index} has content of type {type(content).__name__}; give a string or a list of parts"
+                f"message {index} has content of type {type(content).__name__}, expected str or list; give a "
+                "string or a list of parts"
             )
 
 
@@ -193,9 +192,7 @@ def _text_slots(messages: Sequence[Message]) -> list[_Slot]:
     return slots
 
 
-def _replace_texts(
-    messages: Sequence[Message], slots: Iterable[_Slot], texts: Iterable[str]
-) -> list[Message]:
+def _replace_texts(messages: Sequence[Message], slots: Iterable[_Slot], texts: Iterable[str]) -> list[Message]:
     replaced = [dict(message) for message in messages]
     for slot, text in zip(slots, texts, strict=True):
         message = replaced[slot.message]
@@ -224,11 +221,11 @@ def _render_frame(messages: Sequence[Message], source: ChatSource) -> tuple[str,
         start = frame.find(sentinel)
         if frame.count(sentinel) != 1 or (placed and start < placed[-1].end):
             role = messages[slot.message]["role"]
-            raise ChatTemplateError(
+            raise template_error(
                 source,
                 f"drops, repeats or reorders the text of message {slot.message} ({role})",
-                "give its content in the form that the template reads (a string, or a list of parts), or set a "
-                "tokenizer.chat_template that writes every message once",
+                "give its content in the form that the template reads (a string, or a list of parts), or set "
+                "a tokenizer.chat_template that writes every message once",
             )
         placed.append(replace(slot, start=start, end=start + len(sentinel)))
     return frame, placed
@@ -237,13 +234,13 @@ def _render_frame(messages: Sequence[Message], source: ChatSource) -> tuple[str,
 def _find_turns(
     roles: list[str], frame: str, slots: list[_Slot], markers: Markers, source: ChatSource
 ) -> tuple[list[Turn], tuple[int, int]]:
-    """Find headers and end-of-turn markers in a frame, which holds no user text, and the span of the system part."""
+    """Find the turns in a frame, which holds no text that a user typed, and the span of the system part."""
 
     def refuse(index: int) -> ChatTemplateError:
-        return ChatTemplateError(
+        return template_error(
             source,
             f"writes no recognisable boundary around message {index} ({roles[index]})",
-            "set a tokenizer.chat_template that writes the same header and end marker around every turn of a role",
+            "set a tokenizer.chat_template that writes one header and one end marker around all turns of a role",
         )
 
     def latest_start(index: int) -> int:
@@ -296,11 +293,11 @@ def _optional_space(marker: str) -> tuple[int, int]:
 def _fill_frame(
     messages: Sequence[Message], frame: str, slots: list[_Slot], source: ChatSource
 ) -> tuple[str, Callable[[int], int]]:
-    """Find what the template makes of each text, and how positions of the frame move when the texts are put in.
+    """Find what the template makes of each text, and how positions of the frame move when texts are put in.
 
-    Each text is rendered among the sentinels of all others, so its surroundings are known, whatever it says. A template
-    may trim it, or let it change the pieces of frame beside it (moving a `<think>` block, say): then only what is left
-    of those pieces counts as frame.
+    Each text is rendered among the sentinels of all others, so its surroundings are known, whatever it says.
+    A template may trim it, or let it change the pieces of frame beside it (moving a `<think>` block, say):
+    then only what is left of those pieces counts as frame.
     """
     sentinels = [frame[slot.start : slot.end] for slot in slots]
     edges = [0, *(edge for slot in slots for edge in (slot.start, slot.end)), len(frame)]
@@ -338,7 +335,7 @@ def _fill_frame(
 
 
 def _unexplained(source: ChatSource) -> ChatTemplateError:
-    return ChatTemplateError(
+    return template_error(
         source,
         "lets the text of one message change how others are written",
         "set a tokenizer.chat_template that writes every message by itself",
