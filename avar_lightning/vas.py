@@ -116,9 +116,7 @@ class VisualAttentionScore(Metric):
 
     def update(self, mass_image: Tensor, mass_system: Tensor, query_mask: Tensor) -> None:
         """Add a batch; arguments as for `visual_attention_score`."""
-        scores = visual_attention_score(
-            mass_image.detach(), mass_system.detach(), query_mask, reduction=self.reduction
-        )
+        scores = visual_attention_score(mass_image.detach(), mass_system.detach(), query_mask, reduction=self.reduction)
         defined = ~scores.isnan()
         self.total += scores[defined].sum()
         self.count += defined.sum()
@@ -128,9 +126,7 @@ class VisualAttentionScore(Metric):
         return self.total / self.count
 
 
-def _reduce(
-    mass_image: Tensor, mass_system: Tensor, query_mask: Tensor, reduction: str, *, per_head: bool
-) -> Tensor:
+def _reduce(mass_image: Tensor, mass_system: Tensor, query_mask: Tensor, reduction: str, *, per_head: bool) -> Tensor:
     """Reduce masses (L, B, H, N) over queries, and over layers and heads unless `per_head`; NaN if undefined.
 
     Returns:
@@ -152,9 +148,7 @@ def _reduce(
     else:
         ratio = (image / system.clamp(min=MIN_MASS)).unbind(1)
         rows = [ratio_LHN[..., mask] for ratio_LHN, mask in zip(ratio, query_mask, strict=True)]
-        score = torch.stack(
-            [_median(row if per_head else row.flatten()) for row in rows], dim=1 if per_head else 0
-        )
+        score = torch.stack([_median(row if per_head else row.flatten()) for row in rows], dim=1 if per_head else 0)
     return score.where(defined[None, :, None] if per_head else defined, torch.nan)
 
 
@@ -182,9 +176,7 @@ def check_masses(mass_image: Tensor, mass_system: Tensor, query_mask: Tensor) ->
         )
     expected = (mass_image.shape[1], mass_image.shape[3])
     if query_mask.shape != expected or query_mask.dtype != torch.bool:
-        raise ValueError(
-            f"query_mask is {query_mask.dtype} {tuple(query_mask.shape)}, expected bool {expected}."
-        )
+        raise ValueError(f"query_mask is {query_mask.dtype} {tuple(query_mask.shape)}, expected bool {expected}.")
 
 
 def _check_reduction(reduction: str) -> None:

@@ -17,9 +17,7 @@ TOKENS_PER_IMAGE = 4
 PATCH_DIM = 3 * 2 * 14 * 14
 
 
-def tiny_vlm(
-    attn: str = "sdpa", *, dtype: torch.dtype = torch.float32, seed: int = 0, **text: Any
-) -> PreTrainedModel:
+def tiny_vlm(attn: str = "sdpa", *, dtype: torch.dtype = torch.float32, seed: int = 0, **text: Any) -> PreTrainedModel:
     """A Qwen2.5-VL of 2 text layers (4 heads of 8, 2 key heads) and 1 vision block, in eval mode."""
     torch.manual_seed(seed)
     text_config = {
@@ -80,13 +78,7 @@ class Conversation:
 
         image = [VISION_START, *[IMAGE_TOKEN] * TOKENS_PER_IMAGE, VISION_END]
         image_roles = [Role.USER, *[Role.IMAGE] * TOKENS_PER_IMAGE, Role.USER]
-        ids = (
-            text(self.system)
-            + text(self.before)
-            + image * self.images
-            + text(self.after)
-            + text(self.response)
-        )
+        ids = text(self.system) + text(self.before) + image * self.images + text(self.after) + text(self.response)
         roles = [Role.SYSTEM] * self.system + [Role.USER] * self.before + image_roles * self.images
         roles += [Role.USER] * self.after + [Role.RESPONSE] * self.response
         return ids, [int(role) for role in roles]
@@ -114,9 +106,7 @@ def make_batch(*conversations: Conversation, padding_side: str = "right", seed: 
 
     def padded(rows: list[list[int]], value: int) -> Tensor:
         spare = [[value] * (length - len(row)) for row in rows]
-        return torch.tensor(
-            [r + s if padding_side == "right" else s + r for r, s in zip(rows, spare, strict=True)]
-        )
+        return torch.tensor([r + s if padding_side == "right" else s + r for r, s in zip(rows, spare, strict=True)])
 
     ids = padded([ids for ids, _ in encoded], PAD)
     inputs = {
@@ -129,6 +119,4 @@ def make_batch(*conversations: Conversation, padding_side: str = "right", seed: 
         num_patches = num_images * GRID[0] * GRID[1] * GRID[2]
         inputs["pixel_values"] = torch.randn(num_patches, PATCH_DIM, generator=generator)
         inputs["image_grid_thw"] = torch.tensor([GRID] * num_images)
-    return Batch(
-        inputs, padded([roles for _, roles in encoded], int(Role.OTHER)), [len(ids) for ids, _ in encoded]
-    )
+    return Batch(inputs, padded([roles for _, roles in encoded], int(Role.OTHER)), [len(ids) for ids, _ in encoded])

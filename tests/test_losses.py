@@ -94,9 +94,7 @@ def test_nobody_qualifies(lacking: str) -> None:
 
 
 def test_batch_of_one_equals_its_part_of_a_mean() -> None:
-    single = [
-        attention_share_loss(IMAGE[:, b : b + 1], SYSTEM[:, b : b + 1], QUERIES[b : b + 1]) for b in range(2)
-    ]
+    single = [attention_share_loss(IMAGE[:, b : b + 1], SYSTEM[:, b : b + 1], QUERIES[b : b + 1]) for b in range(2)]
     torch.testing.assert_close(attention_share_loss(IMAGE, SYSTEM, QUERIES), (single[0] + single[1]) / 2)
 
 

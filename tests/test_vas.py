@@ -83,9 +83,7 @@ def test_gradients_do_not_pile_up_in_the_metric() -> None:
 
 
 def _process(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     metric = VisualAttentionScore()
     # Uneven on purpose: three samples on the first process, one on the second.
     for b in (0, 1, 0) if rank == 0 else (1,):

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from avar_lightning.attention.mass import attention_mass, attention_received
 from avar_lightning.attention.record import AttentionRecord, ForwardMasses, mask_of
 from avar_lightning.attention.registry import OBSERVERS, AttentionCall, install
-from avar_lightning.attention.visibility import QueryRows, visibility_of
+from avar_lightning.attention.visibility import QueryRows, Visibility, visibility_of
 from avar_lightning.roles import Role
 
 
@@ -70,12 +70,8 @@ def observe_attention(
         >>> record.vas()  # doctest: +SKIP
     """
     decoder = find_vlm(model).get_decoder()
-    record = AttentionRecord(
-        _checked_ids(role_ids), _checked_roles("queries", queries), _checked_roles("keys", keys)
-    )
-    observer = _Observer(
-        record, _checked_layers(layers, decoder), received=received, only_matching=only_matching
-    )
+    record = AttentionRecord(_checked_ids(role_ids), _checked_roles("queries", queries), _checked_roles("keys", keys))
+    observer = _Observer(record, _checked_layers(layers, decoder), received=received, only_matching=only_matching)
     install(decoder)
     with ExitStack() as hooks:
         hooks.callback(decoder.register_forward_pre_hook(observer.before, with_kwargs=True).remove)
@@ -119,9 +115,7 @@ class _Observer:
         self.given_ids = record.role_ids
         self.cache: weakref.ref[Any] | None = None
 
-    def before(
-        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]]:
+    def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Forward pre-hook of the decoder."""
         candidates = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args)
         inputs = next(tensor for tensor in candidates if tensor is not None)
@@ -134,9 +128,7 @@ class _Observer:
             self.cache = weakref.ref(cache) if cache is not None else None
         role_ids = role_ids.to(inputs.device)
         masses = self.record.begin(role_ids, num_past, received=self.received)
-        forward = ForwardObserver(
-            masses, role_ids, num_past, self.record.queries, self.record.keys, self.layers
-        )
+        forward = ForwardObserver(masses, role_ids, num_past, self.record.queries, self.record.keys, self.layers)
         return args, kwargs | {OBSERVERS: (*kwargs.get(OBSERVERS, ()), forward)}
 
     def after(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -207,6 +199,7 @@ class ForwardObserver:
         self.with_grad = torch.is_grad_enabled()
         self.done: set[int] = set()
         self.rows: dict[torch.device, QueryRows] = {}
+        self.seen: dict[tuple[Any, ...], tuple[Any, Visibility]] = {}
 
     def wants(self, module: nn.Module) -> bool:
         """Whether to record this layer. The keys of cross-attention are not tokens, so it has no masses."""
@@ -229,7 +222,7 @@ class ForwardObserver:
                 f"layer {layer} attends from {call.q_BHND.shape[2]} of the forward's {rows.shape[1]} rows; "
                 "attention cannot be observed in a layer that drops rows."
             )
-        visible = visibility_of(call, rows)
+        visible = self._visibility(call, rows)
         roles_BK = self._roles_of_keys(num_keys).to(call.k_BMKD.device)
         groups_BKG = torch.stack([roles_BK == key for key in self.keys], dim=-1)
         q_BHQD = rows.gather(call.q_BHND)
@@ -254,6 +247,14 @@ class ForwardObserver:
             self.rows[device] = QueryRows(mask_of(self.role_ids[:, self.num_past :], self.queries).to(device))
         return self.rows[device]
 
+    def _visibility(self, call: AttentionCall, rows: QueryRows) -> Visibility:
+        """What the rows see; one for all layers that were given the same mask, because it may look into it once."""
+        key = (id(call.mask), call.q_BHND.device, call.k_BMKD.shape[2], call.window, call.is_causal)
+        if key not in self.seen:
+            # The mask is kept too, so that no other can get its id.
+            self.seen[key] = (call.mask, visibility_of(call, rows))
+        return self.seen[key][1]
+
     def _roles_of_keys(self, num_keys: int) -> Tensor:
         """Roles (B, K) of the keys: a sliding cache keeps the last positions, a static one has spare ones."""
         surplus = num_keys - self.role_ids.shape[1]
@@ -267,9 +268,7 @@ class ForwardObserver:
 
 def _checked_ids(role_ids: Tensor) -> Tensor:
     if role_ids.dim() != 2 or role_ids.dtype.is_floating_point or role_ids.dtype == torch.bool:
-        raise ValueError(
-            f"role_ids is {role_ids.dtype} {tuple(role_ids.shape)}, expected integers (batch, sequence)."
-        )
+        raise ValueError(f"role_ids is {role_ids.dtype} {tuple(role_ids.shape)}, expected integers (batch, sequence).")
     if role_ids.numel() and not set(role_ids.unique().tolist()) <= set(Role):
         raise ValueError(
             f"role_ids has the values {role_ids.unique().tolist()}, expected those of Role, 0 to {max(Role)}."
@@ -287,7 +286,5 @@ def _checked_roles(name: str, roles: Sequence[int]) -> tuple[int, ...]:
 def _checked_layers(layers: Sequence[int] | None, decoder: PreTrainedModel) -> tuple[int, ...] | None:
     count = decoder.config.num_hidden_layers
     if layers is not None and (not layers or not set(layers) <= set(range(count))):
-        raise ValueError(
-            f"layers is {list(layers)}, expected one or more of the decoder's layers 0 to {count - 1}."
-        )
+        raise ValueError(f"layers is {list(layers)}, expected one or more of the decoder's layers 0 to {count - 1}.")
     return None if layers is None else tuple(layers)

@@ -20,10 +20,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from avar_lightning.attention.visibility import Visibility
+from avar_lightning.attention.visibility import Visibility, is_hidden
 
-BLOCK_BYTES = 64 * 2**20
-"""Size of one block of probabilities. A block needs about three of these at its peak, forward or backward."""
+CPU_BLOCK_BYTES = 4 * 2**20
+"""Size of one block of probabilities on a CPU: about what its caches hold. A block needs two or three of these."""
+
+BLOCK_BYTES = 128 * 2**20
+"""The same on accelerators, where launching kernels for small blocks would cost more than the work."""
 
 
 def attention_mass(
@@ -64,13 +67,9 @@ def attention_mass(
     batch, num_heads, _, head_dim = q_BHQD.shape
     _, num_key_heads, num_keys, _ = k_BMKD.shape
     if num_heads % num_key_heads or k_BMKD.shape[0] != batch or k_BMKD.shape[3] != head_dim:
-        raise ValueError(
-            f"queries {tuple(q_BHQD.shape)} and keys {tuple(k_BMKD.shape)} do not belong together."
-        )
+        raise ValueError(f"queries {tuple(q_BHQD.shape)} and keys {tuple(k_BMKD.shape)} do not belong together.")
     if groups_BKG.shape[:2] != (batch, num_keys):
-        raise ValueError(
-            f"groups_BKG has shape {tuple(groups_BKG.shape)}, expected ({batch}, {num_keys}, groups)."
-        )
+        raise ValueError(f"groups_BKG has shape {tuple(groups_BKG.shape)}, expected ({batch}, {num_keys}, groups).")
     scale = head_dim**-0.5 if scale is None else scale
     mass: Tensor = _AttentionMass.apply(q_BHQD, k_BMKD, groups_BKG, visible, scale, softcap)
     return mass
@@ -198,9 +197,7 @@ class _Block:
             return logits_BHQK, slope_BHQK
         if mask.dtype == torch.bool:
             return logits_BHQK.masked_fill_(~mask, -math.inf), slope_BHQK
-        # Half of the lowest number: masks are sums of "lowest" and small biases, in the model's dtype.
-        hidden = mask <= torch.finfo(mask.dtype).min / 2
-        return logits_BHQK.add_(mask).masked_fill_(hidden, -math.inf), slope_BHQK
+        return logits_BHQK.add_(mask).masked_fill_(is_hidden(mask), -math.inf), slope_BHQK
 
     def grad_queries(self, dlogits_BHQK: Tensor) -> Tensor:
         """Gradient of the block's queries (B, H, Q, D)."""
@@ -218,7 +215,8 @@ def _blocks(
     batch, num_heads, num_rows, _ = q_BHQD.shape
     k_BMKD = k_BMKD.to(_compute_dtype(q_BHQD))
     row_bytes = batch * num_heads * k_BMKD.shape[2] * k_BMKD.element_size()
-    step = max(1, BLOCK_BYTES // max(1, row_bytes))
+    block_bytes = CPU_BLOCK_BYTES if q_BHQD.device.type == "cpu" else BLOCK_BYTES
+    step = max(1, block_bytes // max(1, row_bytes))
     for start in range(0, num_rows, step):
         yield _Block(start, q_BHQD[:, :, start : start + step], k_BMKD, visible, scale, softcap)
 

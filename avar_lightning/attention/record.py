@@ -86,14 +86,10 @@ class AttentionRecord:
             self._forwards = []
         elif num_past < self.role_ids.shape[1]:
             if received:
-                raise ValueError(
-                    "received=True does not work with a cache that is cut back (assisted generation)."
-                )
+                raise ValueError("received=True does not work with a cache that is cut back (assisted generation).")
             self._cut(num_past)
         self.role_ids = role_ids
-        self._forwards.append(
-            ForwardMasses(mask_of(role_ids[:, num_past:], self.queries).sum(1), received=received)
-        )
+        self._forwards.append(ForwardMasses(mask_of(role_ids[:, num_past:], self.queries).sum(1), received=received))
         return self._forwards[-1]
 
     def stacked(self) -> Tensor:
@@ -111,9 +107,7 @@ class AttentionRecord:
             ValueError: The role is not one of the observed keys.
         """
         if key not in self.keys:
-            raise ValueError(
-                f"role {key!r} was not observed; add it to `keys` (observed: {list(self.keys)})."
-            )
+            raise ValueError(f"role {key!r} was not observed; add it to `keys` (observed: {list(self.keys)}).")
         return self.stacked()[..., self.keys.index(key)]
 
     def query_mask(self, *roles: int) -> Tensor:
@@ -123,9 +117,7 @@ class AttentionRecord:
             ValueError: A role is not one of the observed queries.
         """
         if unknown := [role for role in roles if role not in self.queries]:
-            raise ValueError(
-                f"roles {unknown} were not observed; add them to `queries` ({list(self.queries)})."
-            )
+            raise ValueError(f"roles {unknown} were not observed; add them to `queries` ({list(self.queries)}).")
         return mask_of(self.role_ids, roles or self.queries)
 
     def vas(self) -> Tensor:

@@ -65,9 +65,7 @@ class AttentionCall:
     ) -> None:
         for name, what in UNSUPPORTED.items():
             if kwargs.get(name) is not None:
-                raise ValueError(
-                    f"attention with {what} (`{name}`) cannot be observed; choose other layers or models."
-                )
+                raise ValueError(f"attention with {what} (`{name}`) cannot be observed; choose other layers or models.")
         self.module, self.q_BHND, self.k_BMKD, self.mask = module, q_BHND, k_BMKD, mask
         self.is_flash = "flash" in base
         is_causal = kwargs.get("is_causal")

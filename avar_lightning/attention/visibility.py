@@ -107,21 +107,37 @@ class Causal:
         if self.window is not None:
             seen_BQK &= key > position_BQ[:, :, None] - self.window
         if self.padding_BK is not None:
-            seen_BQK &= (
-                self.padding_BK[:, None, :num_keys] & self.padding_BK.gather(1, position_BQ)[:, :, None]
-            )
+            seen_BQK &= self.padding_BK[:, None, :num_keys] & self.padding_BK.gather(1, position_BQ)[:, :, None]
         return seen_BQK[:, None]
 
 
-class Masked:
+class _Scanned:
+    """Visibility whose end is not known beforehand: looked up once a block, then kept for the other layers."""
+
+    def __init__(self, rows: QueryRows, num_keys: int) -> None:
+        self.rows, self.num_keys = rows, num_keys
+        self._limits: dict[tuple[int, int], int] = {}
+
+    def limit(self, start: int, stop: int) -> int:
+        """One more than the last key that any of the rows sees."""
+        if (start, stop) not in self._limits:
+            mask = self(start, stop, self.num_keys)
+            seen = mask if mask.dtype == torch.bool else ~is_hidden(mask)
+            columns = seen.flatten(0, -2).any(0).nonzero()
+            self._limits[start, stop] = int(columns[-1]) + 1 if len(columns) else 0
+        return self._limits[start, stop]
+
+    def __call__(self, start: int, stop: int, num_keys: int) -> Tensor:
+        """The block's mask."""
+        raise NotImplementedError
+
+
+class Masked(_Scanned):
     """A mask that was already made: (B or 1, H or 1, N or 1, at least K), bool or additive float."""
 
     def __init__(self, rows: QueryRows, mask: Tensor, num_keys: int) -> None:
-        self.rows, self.mask, self.num_keys = rows, mask, num_keys
-
-    def limit(self, start: int, stop: int) -> int:
-        """All keys: where the mask ends is not known."""
-        return self.num_keys
+        super().__init__(rows, num_keys)
+        self.mask = mask
 
     def __call__(self, start: int, stop: int, num_keys: int) -> Tensor:
         """The block's rows of the mask."""
@@ -131,26 +147,17 @@ class Masked:
         if self.rows.is_everything:
             return mask[:, :, start:stop]
         index_BQ = self.rows.index_BQ[:, start:stop]
-        batch = (
-            torch.arange(index_BQ.shape[0], device=index_BQ.device)
-            if mask.shape[0] > 1
-            else index_BQ.new_zeros(1)
-        )
+        batch = torch.arange(index_BQ.shape[0], device=index_BQ.device) if mask.shape[0] > 1 else index_BQ.new_zeros(1)
         # Two index tensors around a slice put the indexed dimensions first: (B, Q, H, K).
         return mask[batch[:, None], :, index_BQ].transpose(1, 2)
 
 
-class MaskFunction:
+class MaskFunction(_Scanned):
     """FlexAttention's rule, a function of batch, head, query and key indices."""
 
-    def __init__(
-        self, rows: QueryRows, function: Callable[..., Tensor], num_heads: int, num_keys: int
-    ) -> None:
-        self.rows, self.function, self.num_heads, self.num_keys = rows, function, num_heads, num_keys
-
-    def limit(self, start: int, stop: int) -> int:
-        """All keys: where the rule ends is not known."""
-        return self.num_keys
+    def __init__(self, rows: QueryRows, function: Callable[..., Tensor], num_heads: int, num_keys: int) -> None:
+        super().__init__(rows, num_keys)
+        self.function, self.num_heads = function, num_heads
 
     def __call__(self, start: int, stop: int, num_keys: int) -> Tensor:
         """The rule, evaluated on the block."""
@@ -161,6 +168,12 @@ class MaskFunction:
         key = torch.arange(num_keys, device=device)[None, None, None, :]
         seen = self.function(batch, head, index_BQ[:, None, :, None], key)
         return seen.expand(torch.broadcast_shapes(seen.shape, (1, 1, stop - start, num_keys)))
+
+
+def is_hidden(bias: Tensor) -> Tensor:
+    """Where an additive mask hides a key: at half its dtype's lowest number or below, and at -inf."""
+    # Half, because masks are sums of "lowest" and small biases.
+    return bias <= torch.finfo(bias.dtype).min / 2
 
 
 def visibility_of(call: AttentionCall, rows: QueryRows) -> Visibility:
@@ -184,9 +197,7 @@ def visibility_of(call: AttentionCall, rows: QueryRows) -> Visibility:
     if mask is not None and mask.dim() == 4:
         return Masked(rows, mask, num_keys)
     if mask is not None and mask.dim() != 2:
-        raise ValueError(
-            f"an attention mask of shape {tuple(mask.shape)} is neither (B, K) nor (B, H, N, K)."
-        )
+        raise ValueError(f"an attention mask of shape {tuple(mask.shape)} is neither (B, K) nor (B, H, N, K).")
     if mask is not None:
         # Under a static cache the mask is shorter than the cache: what lies behind it does not exist yet.
         num_keys = mask.shape[1]

@@ -91,9 +91,7 @@ def test_sliding_window_layers() -> None:
     )
     batch = make_batch(PROMPTS[0])
     record, tokens = generated(model, batch)
-    torch.testing.assert_close(
-        record.stacked(), whole_forward(model, batch, tokens).stacked(), rtol=1e-3, atol=1e-5
-    )
+    torch.testing.assert_close(record.stacked(), whole_forward(model, batch, tokens).stacked(), rtol=1e-3, atol=1e-5)
     assert record.mass[1][:, :, -1, KEYS.index(Role.SYSTEM)].eq(0).all()
 
 

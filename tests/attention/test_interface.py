@@ -39,14 +39,10 @@ def exact_attention(
 
 
 AttentionInterface.register("exact", exact_attention)
-AttentionMaskInterface.register(
-    "exact", lambda **kwargs: sdpa_mask(**kwargs | {"allow_is_causal_skip": False})
-)
+AttentionMaskInterface.register("exact", lambda **kwargs: sdpa_mask(**kwargs | {"allow_is_causal_skip": False}))
 
 
-def twin_of(
-    model: PreTrainedModel, attn: str = "exact", dtype: torch.dtype = torch.float64
-) -> PreTrainedModel:
+def twin_of(model: PreTrainedModel, attn: str = "exact", dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     """The same weights under an attention that returns its probabilities, in another precision."""
     twin = tiny_vlm("sdpa", dtype=dtype)
     twin.load_state_dict(model.state_dict())
@@ -222,9 +218,7 @@ def test_nothing_is_kept_alive() -> None:
 
 def test_lora() -> None:
     batch = make_batch(*MIXED)
-    model = get_peft_model(
-        tiny_vlm(), LoraConfig(r=2, target_modules=["q_proj", "k_proj"], init_lora_weights=False)
-    )
+    model = get_peft_model(tiny_vlm(), LoraConfig(r=2, target_modules=["q_proj", "k_proj"], init_lora_weights=False))
     record = observed(model, batch)
     objective(record.stacked()).backward()
     assert gradients(model)
@@ -247,12 +241,8 @@ def test_only_the_chosen_layers_and_rows() -> None:
 def test_work_is_proportional_to_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[tuple[int, ...]] = []
     gather = QueryRows.gather
-    monkeypatch.setattr(
-        QueryRows, "gather", lambda self, x: shapes.append(gather(self, x).shape) or gather(self, x)
-    )
-    observed(
-        tiny_vlm(), make_batch(Conversation(response=2), Conversation(response=3)), queries=(Role.RESPONSE,)
-    )
+    monkeypatch.setattr(QueryRows, "gather", lambda self, x: shapes.append(gather(self, x).shape) or gather(self, x))
+    observed(tiny_vlm(), make_batch(Conversation(response=2), Conversation(response=3)), queries=(Role.RESPONSE,))
     assert {shape[2] for shape in shapes} == {3}
 
 
@@ -353,9 +343,7 @@ def test_find_vlm() -> None:
     assert find_vlm(nn.ModuleDict({"inside": nn.Sequential(model)})) is model
     with pytest.raises(ValueError, match="2 vision-language models"):
         find_vlm(nn.ModuleList([model, tiny_vlm()]))
-    config = LlamaConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8
-    )
+    config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
     for other in (nn.Linear(2, 2), LlamaForCausalLM(config)):
         with pytest.raises(ValueError, match="no Hugging Face vision-language model"):
             find_vlm(other)

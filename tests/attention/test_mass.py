@@ -34,7 +34,7 @@ def triangle(length: int = LENGTH) -> Tensor:
 @pytest.fixture(params=[1, 3, 10**6], ids=["row", "three rows", "whole"])
 def block_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Rows of a block, so that every test crosses block borders."""
-    monkeypatch.setattr(mass, "BLOCK_BYTES", request.param * BATCH * HEADS * LENGTH * 8)
+    monkeypatch.setattr(mass, "CPU_BLOCK_BYTES", request.param * BATCH * HEADS * LENGTH * 8)
     return request.param
 
 
@@ -53,7 +53,7 @@ def test_values_and_gradients_are_eager_s(softcap: float | None) -> None:
 
 
 def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mass, "BLOCK_BYTES", 2 * HEADS * 4 * 8)
+    monkeypatch.setattr(mass, "CPU_BLOCK_BYTES", 2 * HEADS * 4 * 8)
     q, k, groups = (tensor[:1, ..., :4, :3].detach() for tensor in tensors())
 
     def function(q: Tensor, k: Tensor) -> Tensor:
@@ -62,9 +62,7 @@ def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.autograd.gradcheck(function, (q.requires_grad_(), k.requires_grad_()))
 
 
-@given(
-    seed=st.integers(0, 10**6), density=st.floats(0.0, 1.0), additive=st.booleans(), per_head=st.booleans()
-)
+@given(seed=st.integers(0, 10**6), density=st.floats(0.0, 1.0), additive=st.booleans(), per_head=st.booleans())
 @settings(max_examples=40, deadline=None)
 def test_any_mask(seed: int, density: float, additive: bool, per_head: bool) -> None:
     q, k, groups = tensors(seed=seed)
@@ -146,7 +144,7 @@ def test_blocks_stay_within_their_budget(monkeypatch: pytest.MonkeyPatch) -> Non
         def __call__(self, start: int, stop: int, num_keys: int) -> None:
             rows_of_blocks.append(stop - start)
 
-    monkeypatch.setattr(mass, "BLOCK_BYTES", 4 * BATCH * HEADS * LENGTH * 4)
+    monkeypatch.setattr(mass, "CPU_BLOCK_BYTES", 4 * BATCH * HEADS * LENGTH * 4)
     attention_mass(q, k, groups, visible=Spy(LENGTH))
     assert rows_of_blocks == [4, 4, 1]
 

@@ -35,6 +35,8 @@ def fake_flash(
         mask = mask & attention_mask.bool()[:, None, None]
         # Rows without keys, which FlashAttention leaves out, would be NaN.
         mask = mask | ~mask.any(-1, keepdim=True)
+    if kwargs["sliding_window"] is not None:
+        mask = mask.triu(num_keys - query.shape[2] - kwargs["sliding_window"] + 1)
     return sdpa_attention_forward(module, query, key, value, mask, scaling=kwargs["scaling"])
 
 
@@ -66,19 +68,17 @@ def test_a_saved_model_has_no_trace(tmp_path: Path) -> None:
 
 
 def test_names_keep_what_transformers_reads_from_them() -> None:
-    assert is_flash_attention_requested(
-        requested_attention_implementation=PREFIX + "flash_attention_2", version=2
-    )
-    assert not is_flash_attention_requested(
-        requested_attention_implementation=PREFIX + "flash_attention_3", version=2
-    )
+    assert is_flash_attention_requested(requested_attention_implementation=PREFIX + "flash_attention_2", version=2)
+    assert not is_flash_attention_requested(requested_attention_implementation=PREFIX + "flash_attention_3", version=2)
     assert not is_flash_attention_requested(requested_attention_implementation=PREFIX + "sdpa")
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
-def test_beside_a_flash_kernel(padding_side: str) -> None:
+@pytest.mark.parametrize("sliding", [False, True])
+def test_beside_a_flash_kernel(padding_side: str, sliding: bool) -> None:
     batch = make_batch(Conversation(), Conversation(images=2), padding_side=padding_side)
-    model = tiny_vlm()
+    layer_types = ["full_attention", "sliding_attention"]
+    model = tiny_vlm(**{"use_sliding_window": True, "sliding_window": 5, "layer_types": layer_types} if sliding else {})
     with observe_attention(model, batch.role_ids, queries=(Role.USER, Role.RESPONSE)) as expected:
         model(**batch.inputs)
     model.set_attn_implementation({"text_config": "fake_flash_attention_2"})
@@ -146,9 +146,7 @@ def test_one_layer_past_the_registry_is_refused_only_when_asked_for(monkeypatch:
 def capped_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
-    probs = eager_probabilities(
-        query, key, attention_mask, scale=kwargs["scaling"], softcap=kwargs.get("softcap")
-    )
+    probs = eager_probabilities(query, key, attention_mask, scale=kwargs["scaling"], softcap=kwargs.get("softcap"))
     return (probs @ value.repeat_interleave(query.shape[1] // key.shape[1], dim=1)).transpose(1, 2), probs
 
 
@@ -168,9 +166,7 @@ def test_softcap_reaches_the_masses() -> None:
     for softcap in (None, 0.5):
         with observe_attention(model, BATCH.role_ids, queries=(Role.USER,), keys=(Role.IMAGE,)) as record:
             out = model.get_decoder()(**inputs, softcap=softcap)
-        masses.append(
-            torch.stack([mass_of_probabilities(a, BATCH.role_ids, (Role.IMAGE,)) for a in out.attentions])
-        )
+        masses.append(torch.stack([mass_of_probabilities(a, BATCH.role_ids, (Role.IMAGE,)) for a in out.attentions]))
         expected = masses[-1] * (BATCH.role_ids == Role.USER)[None, :, None, :, None]
         torch.testing.assert_close(record.stacked(), expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(*masses)

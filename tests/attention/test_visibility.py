@@ -75,9 +75,7 @@ def test_window_counts_in_flash_only() -> None:
     assert out.equal(expected(triangle, rows))
 
 
-@pytest.mark.parametrize(
-    ("base", "kwargs"), [("eager", {}), ("flex_attention", {}), ("sdpa", {"is_causal": False})]
-)
+@pytest.mark.parametrize(("base", "kwargs"), [("eager", {}), ("flex_attention", {}), ("sdpa", {"is_causal": False})])
 def test_missing_mask_hides_nothing(base: str, kwargs: dict[str, object]) -> None:
     assert seen(base, None, **kwargs)[1].all()
 
