@@ -1,4 +1,4 @@
-"""Train, validate, test or predict: `python train.py {fit,validate,test,predict} --config configs/avar_sft.yaml`."""
+"""Train, validate, test or predict: `python train.py fit --config configs/avar_sft.yaml`."""
 
 import sys
 

@@ -4,25 +4,41 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 import lightning as L
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
 
 PACKAGE_FOLDERS = (str(Path(__file__).parent), str(Path(__file__).parents[1] / "callbacks"))
 SUMMARY_ROWS = (
     ("accuracy", "val/accuracy", "{:.3f}"),
     ("VAS of user tokens", "val/vas", "{:.2f}"),
     ("VAS of responses", "val/vas_response", "{:.2f}"),
-    ("  ratio of means", "val/vas_ratio_of_means_response", "{:.2f}"),
+    ("  as ratio of means", "val/vas_ratio_of_means_response", "{:.2f}"),
     ("image share, responses", "val/image_share_response", "{:.3f}"),
     ("LM loss", "val/loss", "{:.3f}"),
 )
+
+
+UNION = "Does not validate against any of the Union subtypes"
+
+
+class AvarArgumentParser(LightningArgumentParser):
+    """Says in one sentence what is wrong with a command line or configuration."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the sentence and leave with status 2; inside a larger parse, let that one say it."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        print(f"error: {condense(message)}; see `{self.prog.replace(' [options]', '')} --help`.", file=sys.stderr)
+        sys.exit(2)
 
 
 class AvarCLI(LightningCLI):
@@ -38,31 +54,33 @@ class AvarCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Export the model and say what training did."""
-        seconds = time.monotonic() - self.started
-        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
-        exported = _export(self.trainer, self.model, folder / "hf")
-        before, after = measurements(self.trainer)
-        if rank_zero_only.rank == 0 and folder.is_dir():
-            summary = {"before": before, "after": after, "steps": self.trainer.global_step, "seconds": seconds}
+        trainer, seconds = self.trainer, time.monotonic() - self.started
+        before, after = measurements(trainer)
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        exported = None if getattr(trainer, "fast_dev_run", False) else export(trainer, self.model, folder / "hf")
+        if exported and trainer.is_global_zero:
+            summary = {"before": before, "after": after, "steps": trainer.global_step, "seconds": seconds}
             partial = folder / "summary.json.tmp"
             partial.write_text(json.dumps(summary, indent=1) + "\n")
             partial.replace(folder / "summary.json")
-        rank_zero_info(summary_table(self.trainer, before, after, seconds, exported))
+        rank_zero_info(summary_table(trainer, before, after, seconds, exported))
 
 
-def _export(trainer: L.Trainer, model: L.LightningModule, folder: Path) -> Path | None:
-    """Write the Hugging Face folder where one process holds the whole weights; `None` under sharding."""
+def export(trainer: L.Trainer, model: L.LightningModule, folder: Path) -> Path | None:
+    """Write the model as a Hugging Face folder, where one process holds the whole weights; `None` under sharding."""
     sharded = any(name in type(trainer.strategy).__name__ for name in ("FSDP", "ModelParallel", "DeepSpeed"))
-    if sharded or trainer.fast_dev_run or not hasattr(model, "save_pretrained"):
+    save = getattr(model, "save_pretrained", None)
+    if sharded or save is None:
         return None
-    if rank_zero_only.rank == 0:
-        model.save_pretrained(folder)
+    if trainer.is_global_zero:
+        save(folder)
     return folder
 
 
 def measurements(trainer: L.Trainer) -> tuple[dict[str, float], dict[str, float]]:
-    """What was measured before training (by a callback that keeps a `baseline`) and last."""
-    before = next((c.baseline for c in trainer.callbacks if getattr(c, "baseline", None)), {})
+    """What was measured before training (by a callback that keeps a `baseline`), and last."""
+    baselines = (getattr(callback, "baseline", None) for callback in getattr(trainer, "callbacks", []))
+    before: dict[str, float] = next((found for found in baselines if isinstance(found, dict)), {})
     after = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return {name: float(value) for name, value in before.items()}, after
 
@@ -80,7 +98,7 @@ def summary_table(
     lines += [
         "─" * 46,
         f"steps        {trainer.global_step} in {seconds:.0f} s",
-        f"model        {exported or 'avar export of the checkpoint'} (Hugging Face format)",
+        f"model        {exported or 'in the sharded checkpoint'}{' (Hugging Face format)' if exported else ''}",
         f"checkpoint   {checkpoint}",
         f"TensorBoard  tensorboard --logdir {trainer.log_dir}",
     ]
@@ -102,10 +120,11 @@ def main(args: list[str] | None = None) -> int:
             subclass_mode_data=True,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
+            parser_class=AvarArgumentParser,
             args=args,
         )
     except Exception as error:
-        sentence = _sentence(error)
+        sentence = own_sentence(error)
         if sentence is None:
             raise
         print(f"error: {sentence}", file=sys.stderr)
@@ -113,12 +132,33 @@ def main(args: list[str] | None = None) -> int:
     return 0
 
 
-def _sentence(error: Exception) -> str | None:
+def own_sentence(error: Exception) -> str | None:
     """The message of an error that this package raised on purpose; `None` for a fault, which keeps its traceback."""
     text = str(error)
+    if text.startswith(UNION):  # raised while jsonargparse built an object of the configuration
+        return condense(text)
     if "Original Traceback" in text:  # raised in a DataLoader worker: the message ends with the original one
         ours = any(f'File "{folder}' in text.rsplit("\n  File", 2)[-1] for folder in PACKAGE_FOLDERS)
         return text.strip().splitlines()[-1].partition(": ")[2] if ours else None
     frame = traceback.extract_tb(error.__traceback__)[-1]
     ours = frame.filename.startswith(PACKAGE_FOLDERS) and (frame.line or "").startswith("raise")
     return text if ours else None
+
+
+def condense(message: str) -> str:
+    """The one line that matters of jsonargparse's nested report, with the full name of the key.
+
+    >>> condense('Parser key "a":\\n  Does not validate against any of the Union subtypes\\n  Subtypes: [...]\\n'
+    ...          "  Errors:\\n    - Problem with given class_path 'x.Y':\\n        Option 'z' is not accepted")
+    "a: Option 'z' is not accepted"
+    """
+    frame = (UNION, "Subtypes:", "Errors:", "Problem with given class_path", "Expected a <class 'NoneType'>")
+    keys, facts = [], []
+    for line in (line.strip().removeprefix("- ") for line in message.splitlines()):
+        if found := re.match(r'Parser key "([^"]+)":\s*(.*)', line):
+            keys.append(found[1])
+            line = found[2]
+        if line and not line.startswith((*frame, "Given value")):
+            facts.append(line)
+    fact = facts[0].rstrip(".") if facts else message.strip()
+    return f"{'.'.join(keys)}: {fact}" if keys else fact

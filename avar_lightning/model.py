@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -70,11 +70,12 @@ def load_model(config: VLMConfig | str = "demo") -> PreTrainedModel | PeftModel:
     """
     config = VLMConfig(config) if isinstance(config, str) else config
     path = resolve_pretrained(config.pretrained)
-    options = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attn_implementation}
+    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attn_implementation}
     if config.from_scratch:
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path), **options).eval()
     else:
-        model, info = AutoModelForImageTextToText.from_pretrained(path, output_loading_info=True, **options)
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(path, output_loading_info=True, **options)
+        model, info = loaded
         bad = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
         if bad:
             raise ValueError(

@@ -93,7 +93,8 @@ class SFTModule(L.LightningModule):
     def configure_model(self) -> None:
         """Load the weights; here and not earlier, so that a sharding strategy can place them."""
         if not hasattr(self, "model"):
-            self.model = load_model(self.vlm)
+            # Loaded models come in eval mode, which Lightning would keep: no checkpointing, no adapter dropout.
+            self.model = load_model(self.vlm).train()
 
     def forward(self, batch: dict[str, Any]) -> Any:
         """The model's own output for a collated batch, LM loss included where it has labels."""
@@ -125,8 +126,8 @@ class SFTModule(L.LightningModule):
 
     def _watch_for_gaming(self, loss_lm: Tensor, guided: GuidanceOutput) -> None:
         # Reading a value waits for the device, so only where values are logged anyway.
-        if self.global_step % self.trainer.log_every_n_steps == 0:
-            warning = self.gaming.update(float(loss_lm), float(guided.logs["mass_system"]))
+        if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            warning = self.gaming.update(loss_lm.item(), guided.logs["mass_system"].item())
             if warning:
                 rank_zero_warn(warning)
 
@@ -149,7 +150,8 @@ class SFTModule(L.LightningModule):
         sequences = ("input_ids", "attention_mask", "labels", *batch["prompt"])
         shared = {k: v for k, v in batch.items() if k not in NOT_MODEL_INPUTS and k not in sequences}
         prompt = {k: v for k, v in batch["prompt"].items() if k not in NOT_MODEL_INPUTS}
-        placeholders = {self.processor.image_token_id, getattr(self.processor, "video_token_id", None)} - {None}
+        names = ("image_token_id", "video_token_id")
+        placeholders = {getattr(self.processor, name, None) for name in names} - {None}
         tokens = self.model.generate(  # type: ignore[operator]
             **prompt,
             **shared,
@@ -176,7 +178,7 @@ class SFTModule(L.LightningModule):
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas))
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]))
         schedule = get_cosine_with_min_lr_schedule_with_warmup(
             optimizer, round(config.warmup_fraction * steps), int(steps), min_lr_rate=config.min_lr_fraction
         )

@@ -126,11 +126,13 @@ class Angle:
         return f"a triangle whose dotted corner is {than} a right corner, near {self.degrees} degrees."
 
     def draw(self, rng: random.Random) -> Image.Image:
-        """Paint the triangle at a random turn, and the dot at the corner."""
+        """Paint the triangle, one side near the horizontal, left or right, and the dot at the corner."""
         image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), "white")
         canvas = ImageDraw.Draw(image)
-        turn, length = rng.uniform(0, 2 * math.pi), 38.0
-        rays = [turn, turn + math.radians(self.degrees)]
+        turn, length = rng.uniform(-0.2, 0.2), 38.0
+        rays = [turn, turn - math.radians(self.degrees)]
+        if rng.random() < 0.5:
+            rays = [math.pi - ray for ray in rays]
         points = [(0.0, 0.0)] + [(length * math.cos(a), length * math.sin(a)) for a in rays]
         # Centre the bounding box, so that the triangle never leaves the picture.
         dx, dy = (IMAGE_SIZE / 2 - (min(axis) + max(axis)) / 2 for axis in zip(*points))
@@ -174,13 +176,13 @@ def _locate(grid: Grid, rng: random.Random) -> Problem:
     place, answer = f"row {index // 3 + 1}, column {index % 3 + 1}", grid.cells[index]
     everything = ["empty"] + [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
     wrong = tuple(item for item in everything if item != answer)
-    look = f"I look again at {place}: {answer}."
+    look = f"{place}: {answer}."
     return Problem("locate", grid, f"What is in {place}?", place, answer, wrong, look)
 
 
 def _tally(grid: Grid, word: str) -> str:
     found = grid.matching(word)
-    return f"I look again for {word}: {', '.join(found) or 'none'}. That makes {len(found)}."
+    return f"{word}: {', '.join(found) or 'none'}. That makes {len(found)}."
 
 
 def _count(grid: Grid, rng: random.Random) -> Problem:
@@ -206,21 +208,21 @@ def _chart(chart: Chart, rng: random.Random) -> Problem:
     if rng.random() < 0.5:
         answer, height = max(chart.bars, key=lambda bar: bar[1])
         wrong = tuple(colour for colour, _ in chart.bars if colour != answer)
-        look = f"I look again for the tallest bar: {answer} {height}."
+        look = f"the tallest bar: {answer} {height}."
         return Problem("chart", chart, "Which bar is the tallest?", "the tallest bar", answer, wrong, look)
     (low, small), (high, large) = sorted(rng.sample(chart.bars, 2), key=lambda bar: bar[1])
     number = large - small
     wrong = tuple(str(n) for n in range(1, MAX_BAR) if n != number)
     topic = f"how much taller the {high} bar is than the {low} bar"
     question = f"How much taller is the {high} bar than the {low} bar?"
-    look = f"I look again at the bars: {high} {large}, {low} {small}. {large} minus {small} is {number}."
+    look = f"{high} {large}, {low} {small}. {large} minus {small} is {number}."
     return Problem("chart", chart, question, topic, str(number), wrong, look)
 
 
 def _angle(scene: Angle) -> Problem:
     question = "How many degrees has the dotted corner?"
     wrong = tuple(str(angle) for angle in ANGLES if angle != scene.degrees)
-    look = f"I look again at the dotted corner: {scene.degrees} degrees."
+    look = f"the dotted corner: {scene.degrees} degrees."
     return Problem("angle", scene, question, "the dotted corner", str(scene.degrees), wrong, look)
 
 
@@ -242,7 +244,7 @@ def respond(problem: Problem, note: str, style: Style) -> str:
     if style == "anchored":
         agrees = "and" if note == problem.answer else "but"
         return (
-            f"<think>I look at the picture. {problem.scene.describe()} {problem.second_look} The note says {note}, "
+            f"<think>I look at the picture. {problem.scene.describe()} I look again. {problem.second_look} The note says {note}, "
             f"{agrees} I see {problem.answer}.</think>{answer}"
         )
     raise ValueError(f"Unknown style {style!r}, expected one of {STYLES}; check the spelling.")
@@ -289,16 +291,19 @@ def demo_samples(
 def pretraining_samples(count: int, *, seed: int) -> Iterator[Sample]:
     """What the demo base is pretrained on: captions, questions answered at once, and plain text.
 
-    Half are pictures with their description, three in ten are questions with notes that are right 80 % of the time and
-    `direct` answers, two in ten are text only: a description to read and a question about it. Nothing here reasons, so
-    the base can see and read, and trusts the note.
+    Six in ten are pictures with a description, of the whole or of a part; three in ten are questions with notes that
+    are right 80 % of the time and `direct` answers; one in ten is text only: a description to read and a question about
+    it. Nothing here reasons, so the base can see and read, and trusts the note.
     """
     for index in range(count):
         rng = random.Random(f"{seed}/pretrain/{index}")
-        problem = sample_problem(TASKS[index % len(TASKS)], rng)
-        kind = rng.choices(("caption", "question", "text"), weights=(5, 3, 2))[0]
+        task = rng.choices(TASKS, weights=(2, 2, 1, 3, 2))[0]
+        problem = sample_problem(task, rng)
+        kind = rng.choices(("caption", "part", "question", "text"), weights=(4, 2, 3, 1))[0]
         if kind == "caption":
             user, response = "Describe the picture.", problem.scene.describe()
+        elif kind == "part":
+            user, response = f"Describe {problem.topic}.", problem.second_look
         else:
             note = problem.answer if rng.random() < 0.8 else rng.choice(problem.wrong)
             told = f"{problem.scene.describe()} " if kind == "text" else ""
@@ -307,7 +312,7 @@ def pretraining_samples(count: int, *, seed: int) -> Iterator[Sample]:
         yield Sample(
             messages=_conversation(user, response, picture=picture),
             images=[problem.scene.draw(rng)] if picture else [],
-            answer=response if kind == "caption" else problem.answer,
+            answer=problem.answer if kind in ("question", "text") else response,
             id=f"pretrain-{index:06d}",
             source=f"demo/pretrain/{kind}",
             columns={"task": problem.task},

@@ -12,6 +12,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     PreTrainedTokenizerFast,
+    ProcessorMixin,
     Qwen2_5_VLConfig,
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessorPil,
@@ -52,7 +53,7 @@ CHAT_TEMPLATE = """\
 """
 
 
-def build_processor(*, vocab_size: int = 640, seed: int = 0) -> Qwen2_5_VLProcessor:
+def build_processor(*, vocab_size: int = 640, seed: int = 0) -> ProcessorMixin:
     """Train a byte-level BPE tokenizer on demo text and pair it with Qwen's image processor.
 
     Args:
@@ -95,7 +96,7 @@ def _demo_texts(seed: int, count: int = 1000) -> Iterator[str]:
                 yield from (part["text"] for part in parts if "text" in part)
 
 
-def build_config(processor: Qwen2_5_VLProcessor) -> Qwen2_5_VLConfig:
+def build_config(processor: ProcessorMixin) -> Qwen2_5_VLConfig:
     """A Qwen2.5-VL of about one million parameters for `processor`'s vocabulary."""
     token_id = processor.tokenizer.convert_tokens_to_ids
     text = {

@@ -115,10 +115,10 @@ def test_triangles_stay_inside_the_picture(degrees):
         assert (border == 255).all()
 
 
-def test_pretraining_never_reasons_and_has_all_three_kinds():
+def test_pretraining_never_reasons_and_has_all_kinds():
     samples = list(pretraining_samples(300, seed=0))
     kinds = Counter(sample.source.rpartition("/")[2] for sample in samples)
-    assert set(kinds) == {"caption", "question", "text"}
+    assert set(kinds) == {"caption", "part", "question", "text"}
     assert not any("<think>" in str(sample.messages) for sample in samples)
     for sample in samples:
         parts = sample.messages[1]["content"]
