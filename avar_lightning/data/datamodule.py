@@ -94,6 +94,8 @@ class ShardDataModule(L.LightningDataModule):
         self.cache_encoded = cache_encoded
         self._processor: ProcessorMixin | None = None
         self._loaders: dict[str, ShardLoader] = {}
+        self.counts: dict[str, dict[str, int]] = {}
+        """Samples ``seen``, ``bad`` and ``too_long`` so far on this rank, by stage."""
 
     @property
     def processor(self) -> ProcessorMixin:
@@ -106,11 +108,6 @@ class ShardDataModule(L.LightningDataModule):
                 else source
             )
         return self._processor
-
-    @property
-    def counts(self) -> dict[str, dict[str, int]]:
-        """Samples ``seen``, ``bad`` and ``too_long`` so far on this rank, by stage."""
-        return {stage: loader.counts for stage, loader in self._loaders.items()}
 
     def train_dataloader(self) -> ShardLoader:
         """Shuffled batches without prompts, equally many on every rank."""
@@ -129,8 +126,9 @@ class ShardDataModule(L.LightningDataModule):
         return self._loader("predict")
 
     def teardown(self, stage: str) -> None:
-        """Say what was left out."""
-        for name, counts in self.counts.items():
+        """Say what was left out, and let go of the loaders: the next trainer may have other ranks."""
+        for name in self._loaders:
+            counts = self.counts[name]
             if counts["bad"] or counts["too_long"]:
                 rank_zero_warn(
                     f"{name} data: of {counts['seen']} samples read on this rank {counts['bad']} were bad "
@@ -138,13 +136,12 @@ class ShardDataModule(L.LightningDataModule):
                 )
             else:
                 rank_zero_info(f"{name} data: {counts['seen']} samples read on this rank, none left out")
+        self._loaders = {}
 
     def _loader(self, stage: str) -> ShardLoader:
         spec = self.specs[stage]
         if spec is None:
-            raise ValueError(
-                f"no {stage} shards: expected data.{stage} to name them; set --data.init_args.{stage}"
-            )
+            raise ValueError(f"no {stage} shards: expected data.{stage} to name them; set --data.init_args.{stage}")
         if stage not in self._loaders:
             train = stage == "train"
             rank, world_size = self._place()
@@ -176,6 +173,7 @@ class ShardDataModule(L.LightningDataModule):
                 pin_memory=torch.cuda.is_available(),
                 name=stage,
             )
+            self.counts[stage] = self._loaders[stage].counts
         return self._loaders[stage]
 
     def _place(self) -> tuple[int, int]:

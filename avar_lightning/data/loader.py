@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -21,7 +22,7 @@ class ShardLoader:
     """Iterate the batches of a :class:`ShardReader`, and keep account of what was left out.
 
     It is what Lightning takes for a data loader: it has a length where the shards' sizes are known, follows
-    Lightning's epochs through ``sampler.set_epoch``, and resumes in the middle of an epoch from its
+    Lightning's epochs through ``batch_sampler.sampler.set_epoch``, and resumes in the middle of an epoch from its
     ``state_dict``.
 
     Args:
@@ -47,8 +48,11 @@ class ShardLoader:
         self.reader, self.max_bad_fraction, self.name = reader, max_bad_fraction, name
         self.counts = {"seen": 0, "bad": 0, "too_long": 0}
         self._said: set[str] = set()
-        self._delivered = 0
+        self._delivered, self._complete = 0, False  # of the current iteration
         self._resume: dict[str, int] = {}
+        self._shift = 0  # from Lightning's count of epochs to ours
+        # One of the two places where Lightning looks for `set_epoch`; a `sampler` would have to be a real one.
+        self.batch_sampler = SimpleNamespace(sampler=SimpleNamespace(set_epoch=self.set_epoch))
         self._loader: DataLoader[Delivery] = DataLoader(
             reader,
             batch_size=None,
@@ -58,42 +62,42 @@ class ShardLoader:
             collate_fn=_as_it_is,  # type: ignore[arg-type]
         )
 
-    @property
-    def sampler(self) -> "ShardLoader":
-        """Where Lightning looks for ``set_epoch``."""
-        return self
-
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next iteration."""
-        self.reader.epoch.fill_(epoch)
+        self.reader.epoch.fill_(epoch + self._shift)
 
     def state_dict(self) -> dict[str, int]:
         """Position in the data: the epoch, and the batches delivered in it."""
-        return {"epoch": int(self.reader.epoch), "batches": self._delivered}
+        complete = self._complete or self._delivered == self.reader.num_batches
+        epoch = int(self.reader.epoch)
+        return {"epoch": epoch + 1, "batches": 0} if complete else {"epoch": epoch, "batches": self._delivered}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from where ``state_dict`` was taken; the batches before are read again and passed over."""
+        """Go on from where ``state_dict`` was taken: the next iteration reads on, later ones follow from there."""
         self._resume = dict(state)
 
     def __len__(self) -> int:
         if self.reader.num_batches is None:
-            raise TypeError(
-                f"the {self.name} shards are of unknown size: give a manifest.json with sample counts"
-            )
+            raise TypeError(f"the {self.name} shards are of unknown size: give a manifest.json with sample counts")
         return self.reader.num_batches
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        resume, self._resume = self._resume, {}
-        skip = resume.get("batches", 0) if resume.get("epoch") == int(self.reader.epoch) else 0
-        self._delivered = 0
+        skip = 0
+        if self._resume:
+            # Lightning counts a stopped epoch as finished, or twice; the state knows which epoch comes next.
+            self._shift += self._resume["epoch"] - int(self.reader.epoch)
+            self.reader.epoch.fill_(self._resume["epoch"])
+            skip = self._resume["batches"]
+            self._resume = {}
+        self._delivered, self._complete = 0, False
         for delivery in self._loader:
-            self._account(delivery, final=self._delivered + 1 == self.reader.num_batches)
-            if delivery.batch is None:
-                continue
-            self._delivered += 1
-            if self._delivered > skip:
+            self._delivered += delivery.batch is not None
+            last = delivery.batch is not None and self._delivered == self.reader.num_batches
+            self._account(delivery, final=last)
+            if delivery.batch is not None and self._delivered > skip:
                 yield delivery.batch
         self._account(Delivery(), final=True)
+        self._complete = True
         if self._delivered == 0:
             raise TooManyBadSamples(self._message("no sample can be used"))
 
@@ -105,9 +109,7 @@ class ShardLoader:
         for message in delivery.bad:
             self._say_once(f"skipped a bad sample: {message}")
         if delivery.too_long:
-            self._say_once(
-                f"dropped a sample whole: {delivery.too_long[0]}; others like it are only counted", "long"
-            )
+            self._say_once(f"dropped a sample whole: {delivery.too_long[0]}; others like it are only counted", "long")
         if delivery.failure:
             raise TooManyBadSamples(self._message(delivery.failure))
         judged = self.counts["seen"] if final else max(self.counts["seen"], MIN_SEEN)
@@ -122,7 +124,7 @@ class ShardLoader:
     def _message(self, reason: str) -> str:
         return (
             f"{self.name}: of {self.counts['seen']} samples read {self.counts['bad']} are bad "
-            f"(max_bad_fraction {self.max_bad_fraction}) and {self.counts['too_long']} longer than max_length; "
+            f"(max_bad_fraction {self.max_bad_fraction}) and {self.counts['too_long']} over max_length; "
             f"last: {reason}; mend the shards or raise the limits"
         )
 

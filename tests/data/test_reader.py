@@ -1,0 +1,242 @@
+"""Readers and their loader: equal shares, order, unusable samples, epochs, resuming."""
+
+import json
+import logging
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import ProcessorMixin
+
+from avar_lightning.data.collate import Collator, SampleEncoder
+from avar_lightning.data.loader import ShardLoader, TooManyBadSamples
+from avar_lightning.data.reader import ShardReader
+from avar_lightning.data.shards import MANIFEST, Shard, find_shards
+from tests.data.conftest import Files, make_sample, sample_files, write_tar
+
+Build = Callable[..., ShardLoader]
+
+
+@pytest.fixture
+def build(processor: ProcessorMixin) -> Build:
+    def make(
+        spec: Any,
+        *,
+        train: bool = True,
+        max_length: int | None = None,
+        num_workers: int = 0,
+        max_bad_fraction: float = 1.0,
+        batch_size: int = 2,
+        **options: Any,
+    ) -> ShardLoader:
+        encoder = SampleEncoder(processor, max_length=max_length, with_prompt=not train)
+        found = spec if isinstance(spec, list) else find_shards(spec)
+        reader = ShardReader(found, encoder, Collator(0), batch_size=batch_size, train=train, **options)
+        return ShardLoader(reader, num_workers=num_workers, max_bad_fraction=max_bad_fraction, name="train")
+
+    return make
+
+
+def indices(batches: Any) -> list[list[int]]:
+    return [[columns["index"] for columns in batch["columns"]] for batch in batches]
+
+
+def flat(batches: Any) -> list[int]:
+    return [index for batch in indices(batches) for index in batch]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("size", [2, 100])
+def test_each_sample_comes_once_an_epoch(shards: Callable[..., str], build: Build, num_workers: int, size: int):
+    loader = build(shards(11, size), num_workers=num_workers, shuffle_buffer=4)
+    first = list(loader)
+    assert len(first) == len(loader) == 6
+    assert sorted(flat(first)) == list(range(11))
+    assert flat(first) == flat(loader)  # the same epoch is the same order
+    loader.batch_sampler.sampler.set_epoch(1)  # as Lightning does
+    second = flat(loader)
+    assert sorted(second) == list(range(11))
+    assert second != flat(first)
+    assert loader.counts == {"seen": 33, "bad": 0, "too_long": 0}
+
+
+def test_the_seed_decides_the_order(shards: Callable[..., str], build: Build):
+    folder = shards(12, 4)
+    assert flat(build(folder, seed=1)) == flat(build(folder, seed=1)) != flat(build(folder, seed=2))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_evaluation_keeps_the_order_and_has_prompts(shards: Callable[..., str], build: Build, num_workers: int):
+    batches = list(build(shards(5, 2), train=False, num_workers=num_workers))
+    assert indices(batches) == [[0, 1], [2, 3], [4]]
+    assert all("prompt" in batch for batch in batches)
+
+
+@pytest.mark.parametrize("num_shards", [1, 3, 8])
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_ranks_make_equal_numbers_of_batches(
+    shards: Callable[..., str], build: Build, num_shards: int, drop_last: bool
+):
+    """Also when shards are fewer than readers, and when samples are bad or too long on one rank only."""
+    folder = shards(17, -(-17 // num_shards), words=lambda index: 40 if index in (1, 2, 5) else 3)
+    loaders = [
+        build(folder, rank=rank, world_size=2, num_workers=2, max_length=60, drop_last=drop_last, shuffle_buffer=3)
+        for rank in range(2)
+    ]
+    for epoch in range(2):
+        lists = []
+        for loader in loaders:
+            loader.set_epoch(epoch)
+            lists.append(list(loader))
+        assert [len(batches) for batches in lists] == [len(loaders[0])] * 2 == [4 if drop_last else 5] * 2
+        read = Counter(flat(lists[0]) + flat(lists[1]))
+        assert not read.keys() & {1, 2, 5}
+        assert max(read.values()) <= 3  # gaps are filled with several samples, not with one again and again
+    assert sum(loader.counts["too_long"] for loader in loaders) >= 3
+
+
+def test_ranks_evaluate_each_sample_once_and_mark_what_fills_up(shards: Callable[..., str], build: Build):
+    folder = shards(9)
+    columns = []
+    for rank in range(2):
+        batches = list(build(folder, train=False, rank=rank, world_size=2, batch_size=4))
+        assert len(batches) == 2  # the first rank owns four samples, and makes a second batch of a fifth
+        columns += [column for batch in batches for column in batch["columns"]]
+    assert sorted(c["index"] for c in columns if "repeated" not in c) == list(range(9))
+    assert [c["index"] for c in columns if c.get("repeated")] == [4]
+
+
+def test_one_rank_evaluates_nothing_twice(shards: Callable[..., str], build: Build):
+    loader = build(shards(6, words=lambda index: 40 if index > 3 else 3), train=False, max_length=60)
+    assert indices(loader) == [[0, 1], [2, 3]]
+    assert loader.counts == {"seen": 6, "bad": 0, "too_long": 2}
+
+
+def test_fewer_samples_than_readers_do_not_hang(shards: Callable[..., str], build: Build):
+    folder = shards(3)
+    for rank in range(4):
+        assert len(list(build(folder, rank=rank, world_size=4, num_workers=2, batch_size=1))) == 1
+    with pytest.raises(ValueError, match=r"3 sample\(s\) .* do not fill a batch of 1 on each of 4 rank"):
+        build(folder, world_size=4, batch_size=1, drop_last=True)
+
+
+def test_length_groups_pad_less(shards: Callable[..., str], build: Build):
+    rng = random.Random(0)
+    lengths = [rng.choice((1, 1, 1, 60)) for _ in range(64)]
+    folder = shards(64, words=lambda index: lengths[index])
+
+    def padding(**options: Any) -> float:
+        batches = list(build(folder, batch_size=4, **options))
+        assert sorted(flat(batches)) == list(range(64))
+        masks = [batch["attention_mask"] for batch in batches]
+        return 1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
+
+    plain, grouped = padding(), padding(length_group_buffer=32)
+    assert plain > 0.25
+    assert grouped < plain / 3
+
+
+def bad_files() -> dict[str, Files]:
+    good = sample_files(make_sample())
+    no_user = make_sample()
+    no_user.messages = no_user.messages[1:]
+    no_user.images = []
+    return {
+        "png": {**good, "0.png": good["0.png"][:50]},
+        "json": {**good, "json": b"{'"},
+        "count": {**good, "1.png": good["0.png"]},
+        "user": sample_files(no_user),
+        "answer": sample_files(make_sample(answered=False)),
+    }
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_bad_samples_are_skipped_counted_and_said_once(
+    tmp_path: Path, build: Build, caplog: pytest.LogCaptureFixture, num_workers: int
+):
+    good = {f"g{i}": sample_files(make_sample(i)) for i in range(15)}
+    path = write_tar(tmp_path / "x.tar", {**good, **bad_files()})
+    loader = build(path, num_workers=num_workers, max_bad_fraction=0.6)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            batches = list(loader)
+            assert len(batches) == 10  # bad samples are replaced
+            assert set(flat(batches)) == set(range(15))
+    assert loader.counts["bad"] >= 10
+    for key in bad_files():
+        assert caplog.text.count(f"x.tar: sample {key!r}") == 1
+
+
+def test_too_many_bad_samples_stop_the_run(tmp_path: Path, build: Build):
+    files = {f"g{i}": sample_files(make_sample(i)) for i in range(15)} | bad_files()
+    path = write_tar(tmp_path / "x.tar", files)
+    with pytest.raises(TooManyBadSamples, match=r"samples read \d are bad \(max_bad_fraction 0.1\).*last: .*x.tar"):
+        list(build(path, max_bad_fraction=0.1, num_workers=1))
+    with pytest.raises(TooManyBadSamples, match="samples read 1 are bad"):
+        list(build(path, max_bad_fraction=0.0))
+    few = write_tar(tmp_path / "few.tar", {"png": bad_files()["png"], "g": sample_files(make_sample())})
+    with pytest.raises(TooManyBadSamples, match="of 2 samples read 1 are bad"):  # judged at the end of the epoch
+        list(build(few, max_bad_fraction=0.4, train=False))
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_no_usable_sample_is_an_error(shards: Callable[..., str], build: Build, train: bool):
+    with pytest.raises(TooManyBadSamples, match=r"can be used.*"):
+        list(build(shards(3), max_length=5, train=train))
+
+
+def test_a_lost_shard_counts_as_bad(shards: Callable[..., str], build: Build):
+    folder = shards(8, 4)
+    loader = build(folder)
+    Path(folder, "shard-000001.tar").unlink()
+    assert set(flat(loader)) == {0, 1, 2, 3}
+    assert loader.counts["bad"] >= 4
+
+
+def test_pipes_are_read_and_have_no_length(shards: Callable[..., str], build: Build):
+    folder = shards(7, 3)
+    pipes = [f"pipe:cat {folder}/shard-{n:06d}.tar" for n in range(3)]
+    loader = build(pipes and [Shard(pipe) for pipe in pipes], num_workers=2)
+    with pytest.raises(TypeError, match="unknown size"):
+        len(loader)
+    assert sorted(flat(loader)) == list(range(7))
+    with pytest.raises(ValueError, match=r"2 ranks cannot make equal numbers.*manifest.json"):
+        build([Shard(pipe) for pipe in pipes], world_size=2)
+    manifest = Path(folder).parent / MANIFEST
+    manifest.write_text(json.dumps({"shards": [{"name": p, "samples": n} for p, n in zip(pipes, (3, 3, 1))]}))
+    ranks = [flat(build(str(manifest), rank=rank, world_size=2)) for rank in range(2)]
+    assert set(ranks[0] + ranks[1]) == set(range(7))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="forks workers")
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resuming_goes_on_with_the_next_batch(shards: Callable[..., str], build: Build, num_workers: int):
+    folder = shards(12, 3)
+    whole = build(folder, num_workers=num_workers)
+    whole.set_epoch(3)
+    expected = indices(whole)
+    stopped = build(folder, num_workers=num_workers)
+    stopped.set_epoch(3)
+    iterator = iter(stopped)
+    assert indices(next(iterator) for _ in range(2)) == expected[:2]
+    resumed = build(folder, num_workers=num_workers)
+    resumed.load_state_dict(stopped.state_dict())
+    resumed.set_epoch(3)
+    assert indices(resumed) == expected[2:]
+    assert indices(resumed) == expected  # once
+    assert resumed.state_dict() == {"epoch": 4, "batches": 0}
+
+
+def test_cached_samples_are_the_same_samples(shards: Callable[..., str], build: Build, monkeypatch: pytest.MonkeyPatch):
+    folder = shards(8, 3)
+    plain, cached = build(folder), build(folder, cache_encoded=True)
+    for epoch in range(2):
+        for loader in (plain, cached):
+            loader.set_epoch(epoch)
+        assert indices(plain) == indices(cached)
+    monkeypatch.setattr(SampleEncoder, "__call__", None)
+    assert indices(cached) == indices(cached)
