@@ -151,14 +151,15 @@ class SFTModule(L.LightningModule):
         shared = {k: v for k, v in batch.items() if k not in NOT_MODEL_INPUTS and k not in sequences}
         prompt = {k: v for k, v in batch["prompt"].items() if k not in NOT_MODEL_INPUTS}
         names = ("image_token_id", "video_token_id")
-        placeholders = {getattr(self.processor, name, None) for name in names} - {None}
+        found = (getattr(self.processor, name, None) for name in names)
+        placeholders = sorted(token for token in found if token is not None)
         tokens = self.model.generate(  # type: ignore[operator]
             **prompt,
             **shared,
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
             # A sampled placeholder without an image behind it breaks the next forward.
-            suppress_tokens=sorted(placeholders),
+            suppress_tokens=placeholders,
             pad_token_id=self.processor.tokenizer.pad_token_id,
             eos_token_id=self.processor.tokenizer.eos_token_id,
         )

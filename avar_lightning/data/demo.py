@@ -244,8 +244,8 @@ def respond(problem: Problem, note: str, style: Style) -> str:
     if style == "anchored":
         agrees = "and" if note == problem.answer else "but"
         return (
-            f"<think>I look at the picture. {problem.scene.describe()} I look again. {problem.second_look} The note says {note}, "
-            f"{agrees} I see {problem.answer}.</think>{answer}"
+            f"<think>I look at the picture. {problem.scene.describe()} I look again. {problem.second_look} "
+            f"The note says {note}, {agrees} I see {problem.answer}.</think>{answer}"
         )
     raise ValueError(f"Unknown style {style!r}, expected one of {STYLES}; check the spelling.")
 
@@ -291,15 +291,15 @@ def demo_samples(
 def pretraining_samples(count: int, *, seed: int) -> Iterator[Sample]:
     """What the demo base is pretrained on: captions, questions answered at once, and plain text.
 
-    Six in ten are pictures with a description, of the whole or of a part; three in ten are questions with notes that
-    are right 80 % of the time and `direct` answers; one in ten is text only: a description to read and a question about
-    it. Nothing here reasons, so the base can see and read, and trusts the note.
+    Four in five are pictures with a description, of the whole or of a part; three in twenty are questions with notes
+    that are right 80 % of the time and `direct` answers; one in twenty is text only: a description to read and a
+    question about it. Nothing here reasons, so the base can see and read, and trusts the note.
     """
     for index in range(count):
         rng = random.Random(f"{seed}/pretrain/{index}")
-        task = rng.choices(TASKS, weights=(2, 2, 1, 3, 2))[0]
+        task = rng.choices(TASKS, weights=(3, 2, 1, 2, 1))[0]
         problem = sample_problem(task, rng)
-        kind = rng.choices(("caption", "part", "question", "text"), weights=(4, 2, 3, 1))[0]
+        kind = rng.choices(("caption", "part", "question", "text"), weights=(13, 3, 3, 1))[0]
         if kind == "caption":
             user, response = "Describe the picture.", problem.scene.describe()
         elif kind == "part":

@@ -1,7 +1,7 @@
 """The demo base before pretraining: a small Qwen2.5-VL's tokenizer, processor and configuration.
 
-`make demo-base` writes these, pretrains the weights on the demo world (`configs/demo_pretrain.yaml`) and puts the result
-where `load_model("demo")` finds it. The classes are those of the real model; only the sizes differ.
+`make demo-base` writes these, pretrains the weights on the demo world (`configs/demo_pretrain.yaml`) and puts the
+result where `load_model("demo")` finds it. The classes are those of the real model; only the sizes differ.
 """
 
 from __future__ import annotations

@@ -66,7 +66,8 @@ class DemoDataModule(ShardDataModule):
         val = demo_samples(
             self.num_val, style=self.val_style, hint_rate=self.val_hint_rate, seed=seed, split="val"
         )
-        for samples, folder, count in ((train, self.train_folder, self.num_train), (val, self.val_folder, self.num_val)):
+        wanted = ((train, self.train_folder, self.num_train), (val, self.val_folder, self.num_val))
+        for samples, folder, count in wanted:
             if not (folder / MANIFEST).is_file():
                 write_shards(samples, folder, overwrite=True, progress=True, total=count)
         super().prepare_data()
