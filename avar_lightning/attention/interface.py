@@ -188,14 +188,8 @@ class ForwardObserver:
         layers: tuple[int, ...] | None,
     ) -> None:
         self.masses = weakref.ref(masses)
-        self.role_ids, self.num_past, self.queries, self.keys, self.layers = (
-            role_ids,
-            num_past,
-            queries,
-            keys,
-            layers,
-        )
-        self.received = masses.received is not None
+        self.role_ids, self.num_past = role_ids, num_past
+        self.queries, self.keys, self.layers = queries, keys, layers
         self.with_grad = torch.is_grad_enabled()
         self.done: set[int] = set()
         self.rows: dict[torch.device, QueryRows] = {}

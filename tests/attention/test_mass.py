@@ -107,12 +107,15 @@ def test_low_precision_inputs_give_float32_masses(dtype: torch.dtype) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ours = attention_mass(q, k, groups, visible=Causal(all_rows()))
         dq, dk = torch.autograd.grad(ours.square().sum(), (q, k))
+        received = attention_received(q, k, torch.ones(BATCH, LENGTH), visible=Causal(all_rows()))
     exact_q, exact_k = q.detach().double().requires_grad_(), k.detach().double().requires_grad_()
     exact = eager_mass(exact_q, exact_k, groups, triangle())
     exact_dq, exact_dk = torch.autograd.grad(exact.square().sum(), (exact_q, exact_k))
     assert ours.dtype == torch.float32
     assert dq.dtype == dk.dtype == dtype
     torch.testing.assert_close(ours, exact.float(), rtol=1e-5, atol=1e-6)
+    exact_received = eager_probabilities(exact_q, exact_k, triangle()).sum(2)
+    torch.testing.assert_close(received, exact_received.detach().float(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(dq, exact_dq.to(dtype))
     torch.testing.assert_close(dk, exact_dk.to(dtype))
 
