@@ -135,7 +135,9 @@ class SFTModule(L.LightningModule):
         """LM loss of the reference responses, and accuracy of generated ones."""
         loss = self(batch).loss
         size = len(batch["input_ids"])
-        self.validation_loss.update(loss, weight=(batch["labels"][:, 1:] != -100).sum())
+        num_labels = (batch["labels"][:, 1:] != -100).sum()
+        if num_labels:  # a batch of prompts without reference responses has no loss
+            self.validation_loss.update(loss, weight=num_labels)
         self.log("val/loss", self.validation_loss, batch_size=size)
         if self.max_new_tokens:
             answers = [columns.get("answer") for columns in batch["columns"]]
