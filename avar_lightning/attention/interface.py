@@ -46,6 +46,8 @@ def observe_attention(
     them. The model's own output is untouched, during and after. The record holds the last fresh forward and
     its cached continuations, so a whole `generate`, whose new tokens count as responses (also those that pad
     a finished sequence). Contexts nest. Gradient checkpointing works as long as it is not the reentrant kind.
+    Under FSDP the masses' loss needs company: added to a loss of the forward's own output, whose backward gathers
+    each layer's weights before the masses of that layer need them.
 
     Args:
         model: A Hugging Face VLM, or any module that holds one (PEFT, a LightningModule).
