@@ -1,7 +1,8 @@
 # `make train` and `make test` set everything up in .venv first; nothing else is needed on the machine than Python and make.
 VENV ?= .venv
 BASE_PYTHON ?= python3
-# A pip index with the torch build you want, e.g. https://download.pytorch.org/whl/cpu; empty: pip's default.
+# A pip index with the torch build you want, e.g. https://download.pytorch.org/whl/cpu; empty: pip's default. It is asked
+# beside the default one, which has the pinned versions of everything else; pip prefers 2.13.0+cpu to 2.13.0 by itself.
 TORCH_INDEX ?=
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
@@ -37,9 +38,9 @@ demo-base: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python %s is too old, expected 3.11 or newer; set BASE_PYTHON." % sys.version.split()[0])'
-	test -x $(PYTHON) || $(BASE_PYTHON) -m venv $(VENV)
+	$(PYTHON) -m pip --version >/dev/null 2>&1 || $(BASE_PYTHON) -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --upgrade pip
-	$(PYTHON) -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --constraint constraints.txt torch
+	$(PYTHON) -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --constraint constraints.txt torch
 	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
