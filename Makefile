@@ -33,8 +33,9 @@ table: $(READY)
 
 # Rebuild the embedded base model: tokenizer and configuration, then pretraining on the demo world.
 demo-base: $(READY)
-	$(PYTHON) benchmarks/../avar_lightning/data/demo_base.py avar_lightning/data/demo_base
+	$(PYTHON) -m avar_lightning.data.demo_base avar_lightning/data/demo_base
 	$(PYTHON) train.py fit --config configs/demo_pretrain.yaml
+	cp -r "$$(ls -td runs/demo_pretrain/version_*/hf | head -1)/." avar_lightning/data/demo_base
 
 $(READY): pyproject.toml constraints.txt
 	$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python %s is too old, expected 3.11 or newer; set BASE_PYTHON." % sys.version.split()[0])'

@@ -52,6 +52,21 @@ class AvarCLI(LightningCLI):
         """Start the clock."""
         self.started = time.monotonic()
 
+    def _parse_ckpt_path(self) -> None:
+        """Keep the configuration as given: a checkpoint brings weights and state, not settings."""
+
+    def after_predict(self) -> None:
+        """Write what was predicted, one JSON object a line, beside the logs (one file for each process)."""
+        trainer = self.trainer
+        batches = trainer.predict_loop.predictions
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"predictions_{trainer.global_rank}.jsonl"
+        partial = path.with_suffix(".tmp")
+        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for batch in batches for row in batch))
+        partial.replace(path)
+        rank_zero_info(f"predictions  {path}")
+
     def after_fit(self) -> None:
         """Export the model and say what training did."""
         trainer, seconds = self.trainer, time.monotonic() - self.started
@@ -98,7 +113,7 @@ def summary_table(
     lines += [
         "─" * 46,
         f"steps        {trainer.global_step} in {seconds:.0f} s",
-        f"model        {exported or 'in the sharded checkpoint'}{' (Hugging Face format)' if exported else ''}",
+        f"model        {f'{exported} (Hugging Face format)' if exported else 'not exported'}",
         f"checkpoint   {checkpoint}",
         f"TensorBoard  tensorboard --logdir {trainer.log_dir}",
     ]
@@ -120,6 +135,7 @@ def main(args: list[str] | None = None) -> int:
             subclass_mode_data=True,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
             parser_class=AvarArgumentParser,
             args=args,
         )

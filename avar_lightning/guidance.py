@@ -105,7 +105,7 @@ def guide(record: AttentionRecord, config: GuidanceConfig) -> GuidanceOutput:
             "mass_image": (image * rows).sum() / total,
             "mass_system": (system * rows).sum() / total,
             "image_share": visual_attention_score(image, system, query_mask, reduction="share").nanmean(),
-            "vas": visual_attention_score(image, system, query_mask, reduction="ratio_of_means").nanmean(),
+            "vas_ratio_of_means": visual_attention_score(image, system, query_mask, reduction="ratio_of_means").nanmean(),
         }
     return GuidanceOutput(loss, {name: value.detach() for name, value in logs.items()})
 

@@ -141,10 +141,25 @@ class SFTModule(L.LightningModule):
         self.log("val/loss", self.validation_loss, batch_size=size)
         if self.max_new_tokens:
             answers = [columns.get("answer") for columns in batch["columns"]]
-            self.accuracy.update(torch.tensor(accuracy_reward(self.generate(batch), answers)))
+            right = accuracy_reward(self.generate(batch), answers)
+            # A sample that only fills up another rank's last batch is scored where it belongs.
+            self.accuracy.update(
+                torch.tensor([r for r, columns in zip(right, batch["columns"]) if not columns.get("repeated")])
+            )
             self.log("val/accuracy", self.accuracy, prog_bar=True, batch_size=size)
 
     test_step = validation_step
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        """Each sample's columns (id, answer, source, …) with its greedy `completion`.
+
+        Raises:
+            ValueError: `max_new_tokens` is 0.
+        """
+        if not self.max_new_tokens:
+            raise ValueError("max_new_tokens is 0, expected at least 1 to predict; set --model.init_args.max_new_tokens.")
+        completions = self.generate(batch)
+        return [columns | {"completion": text} for columns, text in zip(batch["columns"], completions)]
 
     @torch.no_grad()
     def generate(self, batch: dict[str, Any]) -> list[str]:

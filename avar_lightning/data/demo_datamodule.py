@@ -24,6 +24,9 @@ class DemoDataModule(ShardDataModule):
         val_hint_rate: Probability that the note in a validation question is right.
         world_seed: Of the samples; `seed` is that of their order.
         processor: Name or folder of the model whose processor encodes the samples, or a processor.
+        batch_size: Samples a training batch and process.
+        val_batch_size: Samples a validation batch; large, since answers are generated in it.
+        cache_encoded: Keep encoded samples in memory (170 KB each): encoding costs more than a small model's step.
         **kwargs: Everything else that `ShardDataModule` takes.
     """
 
@@ -31,12 +34,15 @@ class DemoDataModule(ShardDataModule):
         self,
         folder: str = "data/demo",
         style: Style | Literal["pretrain"] = "anchored",
-        num_train: int = 8000,
+        num_train: int = 6000,
         num_val: int = 200,
         train_hint_rate: float = 0.8,
         val_hint_rate: float = 0.25,
         world_seed: int = 0,
         processor: Any = "demo",
+        batch_size: int = 16,
+        val_batch_size: int = 100,
+        cache_encoded: bool = True,
         **kwargs: Any,
     ) -> None:
         root = Path(folder)
@@ -49,7 +55,11 @@ class DemoDataModule(ShardDataModule):
             train=str(self.train_folder),
             val=str(self.val_folder),
             test=str(self.val_folder),
+            predict=str(self.val_folder),
             processor=processor,
+            batch_size=batch_size,
+            val_batch_size=val_batch_size,
+            cache_encoded=cache_encoded,
             **kwargs,
         )
 

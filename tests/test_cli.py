@@ -1,0 +1,152 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+from lightning.pytorch.strategies import FSDPStrategy, Strategy
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForImageTextToText
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
+
+from avar_lightning.cli import AvarCLI, main
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+BASE = str(CONFIGS / "avar_sft.yaml")
+ON_ONE_CPU = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto", "--trainer.precision=32"]
+BLANK_DEMO = ["--model.init_args.vlm.pretrained=demo", "--model.init_args.vlm.from_scratch=true"]
+
+
+def options(folder, **data):
+    data = {"folder": folder / "data", "num_train": 32, "num_val": 5, "batch_size": 8, "num_workers": 0} | data
+    return [
+        *("fit", "--config", BASE, *BLANK_DEMO, "--trainer.accelerator=cpu", "--trainer.max_steps=4"),
+        *("--trainer.val_check_interval=2", "--trainer.log_every_n_steps=1"),
+        *("--model.init_args.max_new_tokens=4", f"--trainer.logger.init_args.save_dir={folder / 'runs'}"),
+        *(f"--data.init_args.{name}={value}" for name, value in data.items()),
+    ]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_config_builds_offline(path):
+    overlay = path.name not in ("avar_sft.yaml", "demo_pretrain.yaml")
+    files = ["--config", BASE, "--config", str(path)] if overlay else ["--config", str(path)]
+    cli = build([*files, *BLANK_DEMO, *ON_ONE_CPU])
+    written = yaml.safe_load(path.read_text())
+    for name, value in written.get("model", {}).get("init_args", {}).get("guidance", {}).items():
+        assert getattr(cli.model.guidance, name) == value
+    assert type(cli.datamodule).__name__ == cli.config.data.class_path.rpartition(".")[2]
+    cli.model.configure_model()
+    assert any(p.requires_grad for p in cli.model.parameters())
+
+
+def build(args):
+    import lightning as L
+
+    return AvarCLI(
+        L.LightningModule,
+        L.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        run=False,
+        save_config_callback=None,
+        args=args,
+    )
+
+
+def test_the_7b_run_is_the_papers():
+    written = yaml.safe_load((CONFIGS / "qwen2_5_vl_7b.yaml").read_text())
+    parser = ArgumentParser()
+    parser.add_argument("--strategy", type=Strategy)
+    strategy = parser.instantiate(parser.parse_object({"strategy": written["trainer"]["strategy"]})).strategy
+    assert isinstance(strategy, FSDPStrategy)
+    assert Qwen2_5_VLDecoderLayer in strategy.kwargs["auto_wrap_policy"]._module_classes
+    trainer, model = written["trainer"], written["model"]["init_args"]
+    assert trainer["devices"] * written["data"]["init_args"]["batch_size"] * trainer["accumulate_grad_batches"] == 512
+    assert trainer["max_epochs"] == 20
+    assert model["optimizer"]["lr"] == 5e-6
+    assert model["guidance"] == {"form": "published", "alpha": 0.15, "beta": 0.15, "queries": ["user"]}
+
+
+def test_fit_writes_everything_it_says(tmp_path, capsys):
+    assert main(options(tmp_path)) == 0
+    folder = tmp_path / "runs" / "avar_sft" / "version_0"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["steps"] == 4
+    wanted = {"val/accuracy", "val/vas", "val/vas_response", "val/loss"}
+    assert wanted <= summary["before"].keys()
+    assert wanted <= summary["after"].keys()
+    assert summary["before"]["val/loss"] > summary["after"]["val/loss"]
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert wanted | {"train/loss", "train/loss_lm", "train/image_share"} <= set(events.Tags()["scalars"])
+    assert any("vas/map" in tag for tag in events.Tags()["images"])
+    assert len(events.Scalars("val/vas")) == 3  # before training, in the middle, at the end
+    AutoModelForImageTextToText.from_pretrained(folder / "hf")
+    assert (folder / "config.yaml").is_file()
+    assert list((folder / "checkpoints").glob("*.ckpt"))
+
+
+def test_resume_goes_on_from_the_checkpoint(tmp_path):
+    assert main([*options(tmp_path), "--trainer.max_steps=2"]) == 0
+    checkpoint = next((tmp_path / "runs").rglob("last*.ckpt"))
+    assert main([*options(tmp_path), "--trainer.max_steps=4", f"--ckpt_path={checkpoint}"]) == 0
+    summary = json.loads((tmp_path / "runs" / "avar_sft" / "version_1" / "summary.json").read_text())
+    assert summary["steps"] == 4
+    assert torch.load(checkpoint, weights_only=False)["global_step"] == 2
+
+
+def refused(capsys, args, status):
+    """The sentence on standard error of a command that must fail with `status`."""
+    if status == 2:
+        with pytest.raises(SystemExit) as left:
+            main(args)
+        assert left.value.code == 2
+    else:
+        assert main(args) == status
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ({"model": {"class_path": "avar_lightning.SFTModule", "init_args": {"guidance": {"alfa": 1}}}}, "'alfa'"),
+        ({"trainer": {"max_stepz": 3}}, "trainer.max_stepz"),
+        ({"modle": 3}, "'modle'"),
+        ({"data": {"class_path": "avar_lightning.data.DemoDataModule", "init_args": {"bacth_size": 3}}}, "'bacth_size'"),
+    ],
+)
+def test_unknown_key_in_a_config_is_named(tmp_path, capsys, written, words):
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(written))
+    assert words in refused(capsys, ["fit", "--config", BASE, "--config", str(tmp_path / "bad.yaml")], 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "status", "words"),
+    [
+        ("--model.guidance.form=strong", 2, "model.guidance.form: Expected a typing.Literal"),
+        ("--model.guidance.target=3", 1, "guidance.target=3.0 is no share"),
+        ("--model.vlm.pretrained=./nowhere", 1, "No model at './nowhere'"),
+        ("--model.guidance.layers=[9]", 1, "9"),
+    ],
+)
+def test_meaningless_values_are_named(tmp_path, capsys, override, status, words):
+    assert words in refused(capsys, [*options(tmp_path), override], status)
+
+
+def test_missing_shards_are_named(tmp_path, capsys):
+    data = [
+        *("--data=avar_lightning.data.ShardDataModule", f"--data.init_args.train={tmp_path}/none-{{0..3}}.tar"),
+        *("--data.init_args.num_workers=0", "--data.init_args.batch_size=8"),
+    ]
+    args = ["fit", "--config", BASE, *BLANK_DEMO, "--trainer.accelerator=cpu", "--trainer.logger=false", *data]
+    assert "none-" in refused(capsys, args, 1)
+
+
+def test_faults_of_our_own_keep_their_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr("avar_lightning.sft.SFTModule.training_step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(options(tmp_path))
