@@ -31,11 +31,13 @@ bench: $(READY)
 table: $(READY)
 	$(PYTHON) benchmarks/guidance_table.py
 
-# Rebuild the embedded base model: tokenizer and configuration, then pretraining on the demo world.
+# Rebuild the embedded base model: tokenizer and configuration, then two stages of pretraining.
 demo-base: $(READY)
 	$(PYTHON) -m avar_lightning.data.demo_base avar_lightning/data/demo_base
 	$(PYTHON) train.py fit --config configs/demo_pretrain.yaml
 	cp -r "$$(ls -td runs/demo_pretrain/version_*/hf | head -1)/." avar_lightning/data/demo_base
+	$(PYTHON) train.py fit --config configs/demo_pretrain.yaml --config configs/demo_pretrain_read.yaml
+	cp -r "$$(ls -td runs/demo_pretrain_read/version_*/hf | head -1)/." avar_lightning/data/demo_base
 
 $(READY): pyproject.toml constraints.txt
 	$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python %s is too old, expected 3.11 or newer; set BASE_PYTHON." % sys.version.split()[0])'

@@ -26,7 +26,7 @@ class GuidanceConfig:
     """The attention-guided auxiliary loss of supervised fine-tuning."""
 
     form: GuidanceForm = "share"
-    """`published` (the paper's two log terms), `share` (bounded), `hinge` (share up to `target`), `none` (plain SFT)."""
+    """`published` (the paper's log terms), `share` (bounded), `hinge` (share up to `target`), `none` (plain SFT)."""
     alpha: float = 0.15
     """`published`: weight of the term that raises attention to the image."""
     beta: float = 0.15
@@ -50,7 +50,7 @@ class GuidanceConfig:
         if not 0 < self.target < 1:
             raise ValueError(f"guidance.target={self.target} is no share, expected a value between 0 and 1.")
         if not self.queries:
-            raise ValueError("guidance.queries is empty, expected response, user or both; or set guidance.form to none.")
+            raise ValueError("guidance.queries is empty, expected response, user or both; or set form to none.")
 
     @property
     def query_roles(self) -> tuple[Role, ...]:
@@ -77,7 +77,7 @@ def guide(record: AttentionRecord, config: GuidanceConfig) -> GuidanceOutput:
     """The weighted auxiliary loss of a recorded forward, and what to log of it.
 
     Args:
-        record: Of `observe_attention(model, role_ids, queries=config.query_roles, layers=config.layers)`, after the forward.
+        record: Of `observe_attention` with the queries and layers of `config`, after the forward.
         config: Form and weights.
 
     Returns:
@@ -105,7 +105,9 @@ def guide(record: AttentionRecord, config: GuidanceConfig) -> GuidanceOutput:
             "mass_image": (image * rows).sum() / total,
             "mass_system": (system * rows).sum() / total,
             "image_share": visual_attention_score(image, system, query_mask, reduction="share").nanmean(),
-            "vas_ratio_of_means": visual_attention_score(image, system, query_mask, reduction="ratio_of_means").nanmean(),
+            "vas_ratio_of_means": visual_attention_score(
+                image, system, query_mask, reduction="ratio_of_means"
+            ).nanmean(),
         }
     return GuidanceOutput(loss, {name: value.detach() for name, value in logs.items()})
 
@@ -142,7 +144,7 @@ class GamingMonitor:
             return None
         self.warned = True
         return (
-            f"Guidance is being gamed: attention to the system prompt fell from {self.start_mass:.2g} to {self.mass:.2g} "
-            f"while the LM loss rose from {self.lowest_loss:.3g} to {self.loss:.3g}; lower the guidance weights or use "
-            "the bounded form (guidance.form: share or hinge)."
+            f"Guidance is being gamed: attention to the system prompt fell from {self.start_mass:.2g} to "
+            f"{self.mass:.2g} while the LM loss rose from {self.lowest_loss:.3g} to {self.loss:.3g}; "
+            "lower the guidance weights or use a bounded form (guidance.form: share or hinge)."
         )

@@ -76,11 +76,13 @@ def load_model(config: VLMConfig | str = "demo") -> PreTrainedModel | PeftModel:
     else:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(path, output_loading_info=True, **options)
         model, info = loaded
-        bad = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
+        bad = {
+            kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]
+        }
         if bad:
             raise ValueError(
-                f"The weights in {config.pretrained!r} do not fit {type(model).__name__} ({bad}), expected every key to "
-                "load; give a checkpoint of this very architecture."
+                f"The weights in {config.pretrained!r} do not fit {type(model).__name__} ({bad}), expected every key "
+                "to load; give a checkpoint of this very architecture."
             )
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -101,6 +101,7 @@ def _limit_pixels(image_processor: object, min_pixels: int | None, max_pixels: i
     size["longest_edge"] = max_pixels if max_pixels is not None else size["longest_edge"]
     if size["shortest_edge"] > size["longest_edge"]:
         raise ValueError(
-            f"min_pixels={size['shortest_edge']} is more than max_pixels={size['longest_edge']}; lower the first or raise the second."
+            f"min_pixels={size['shortest_edge']} is more than "
+            f"max_pixels={size['longest_edge']}; lower the first or raise the second."
         )
     image_processor.size = size  # type: ignore[attr-defined]

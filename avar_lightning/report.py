@@ -157,9 +157,7 @@ def plot_attention_shares(
     parts = {role: np.asarray(shares[role], dtype=float) for role in ROLE_COLOURS if role in shares}
     total = np.sum(list(parts.values()), axis=0)
     if np.nanmax(total, initial=0.0) > 1.01:
-        raise ValueError(
-            f"a layer's shares sum to {np.nanmax(total):.3f}, expected at most 1: pass mean masses."
-        )
+        raise ValueError(f"a layer's shares sum to {np.nanmax(total):.3f}, expected at most 1: pass mean masses.")
     if "other" not in parts:
         parts["other"] = np.clip(1.0 - total, 0.0, 1.0)
     num_layers = len(total)
@@ -168,9 +166,7 @@ def plot_attention_shares(
         bottom = np.zeros(num_layers)
         for role, part in parts.items():
             height = 100 * np.nan_to_num(part)
-            axes.bar(
-                range(num_layers), height, bottom=bottom, width=0.9, color=ROLE_COLOURS[role], label=role
-            )
+            axes.bar(range(num_layers), height, bottom=bottom, width=0.9, color=ROLE_COLOURS[role], label=role)
             bottom += height
         axes.set(xlabel="layer", ylabel="share of attention (%)", title=title)
         axes.set(ylim=(0, 100), xlim=(-0.6, num_layers - 0.4))
@@ -180,9 +176,7 @@ def plot_attention_shares(
     return figure
 
 
-def plot_overlay(
-    image: Image | ArrayLike, grid: ArrayLike, *, title: str = "Attention of the response"
-) -> Figure:
+def plot_overlay(image: Image | ArrayLike, grid: ArrayLike, *, title: str = "Attention of the response") -> Figure:
     """Draw an image beside itself under the attention that its tokens receive.
 
     Args:
@@ -209,9 +203,7 @@ def plot_overlay(
         extent = (-0.5, width - 0.5, height - 0.5, -0.5)
         # At least 2, so that the mean is never the brightest colour.
         top = max(float(heat.max()), 2.0)
-        veil = covered.imshow(
-            heat, cmap="inferno", alpha=0.6, extent=extent, interpolation="nearest", vmin=0, vmax=top
-        )
+        veil = covered.imshow(heat, cmap="inferno", alpha=0.6, extent=extent, interpolation="nearest", vmin=0, vmax=top)
         covered.set_title(title)
         for axes in (plain, covered):
             axes.set(xticks=[], yticks=[])

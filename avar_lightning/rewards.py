@@ -1,4 +1,4 @@
-"""Rewards: how good a completion is, as plain callables with TRL's signature `(completions, **columns) -> list[float]`."""
+"""Rewards: how good a completion is, as callables with TRL's signature `(completions, **columns) -> list[float]`."""
 
 from __future__ import annotations
 

@@ -157,7 +157,9 @@ class SFTModule(L.LightningModule):
             ValueError: `max_new_tokens` is 0.
         """
         if not self.max_new_tokens:
-            raise ValueError("max_new_tokens is 0, expected at least 1 to predict; set --model.init_args.max_new_tokens.")
+            raise ValueError(
+                "max_new_tokens is 0, expected 1 or more to predict; set --model.init_args.max_new_tokens."
+            )
         completions = self.generate(batch)
         return [columns | {"completion": text} for columns, text in zip(batch["columns"], completions)]
 

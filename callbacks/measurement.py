@@ -71,9 +71,7 @@ class Measurement:
         self.shares = self.shares or {name: NanMean() for name in self.queries}
 
     @torch.no_grad()
-    def update(
-        self, mass_LBHNG: Tensor, role_ids: Tensor, ids: Sequence[Any], *, layers: Sequence[int]
-    ) -> None:
+    def update(self, mass_LBHNG: Tensor, role_ids: Tensor, ids: Sequence[Any], *, layers: Sequence[int]) -> None:
         """Add one batch.
 
         Args:
@@ -89,9 +87,7 @@ class Measurement:
             row: dict[str, Any] = {"id": identifier}
             has_image = bool((role_ids[index] == Role.IMAGE).any())
             for name in self.queries:
-                row[name] = self._add_sample(
-                    name, mass_LBHNG[:, index, :, role_ids[index] == QUERIES[name]], has_image
-                )
+                row[name] = self._add_sample(name, mass_LBHNG[:, index, :, role_ids[index] == QUERIES[name]], has_image)
             self.rows.append(row)
 
     def _add_sample(self, name: str, mass_LHQG: Tensor, has_image: bool) -> dict[str, float]:
@@ -114,9 +110,7 @@ class Measurement:
     def attention_shares(self, query: str) -> dict[str, NDArray[np.float64]]:
         """Give the mean attention (L,) of the query set on each role; empty where no sample has an image."""
         value = self.shares[query].value()
-        return (
-            {} if value is None else {key.name.lower(): value[:, column] for column, key in enumerate(KEYS)}
-        )
+        return {} if value is None else {key.name.lower(): value[:, column] for column, key in enumerate(KEYS)}
 
     def report(self, query: str) -> dict[str, Any]:
         """Give all that is known of one query set, as JSON types with null for undefined."""
@@ -125,9 +119,7 @@ class Measurement:
             "num_scored": sum(math.isfinite(row[query][REDUCTIONS[0]]) for row in self.rows),
             **{reduction: self.mean(query, reduction) for reduction in REDUCTIONS},
             "map": None if map_LH is None else map_LH.tolist(),
-            "attention_shares": {
-                role: share.tolist() for role, share in self.attention_shares(query).items()
-            },
+            "attention_shares": {role: share.tolist() for role, share in self.attention_shares(query).items()},
         }
 
 

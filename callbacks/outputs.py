@@ -35,9 +35,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def log_pictures(
-    loggers: Sequence[Logger], measured: Measurement, overlays: Sequence[Overlay], *, step: int
-) -> None:
+def log_pictures(loggers: Sequence[Logger], measured: Measurement, overlays: Sequence[Overlay], *, step: int) -> None:
     """Draw maps, shares and overlays, and give them to each logger that takes pictures.
 
     Those are TensorBoardLogger and loggers with WandbLogger's `log_image`; without one nothing is drawn.

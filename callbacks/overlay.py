@@ -139,9 +139,7 @@ def _unpatchify(values: Tensor, grid_thw: Tensor, number: int, vision_config: An
     _, height, width = grid_thw[number].tolist()
     start = int(grid_thw[:number].prod(dim=1).sum())
     patches = values[start : start + height * width]
-    patches = patches.reshape(height // merge, width // merge, merge, merge, 3, -1, patch, patch)[
-        :, :, :, :, :, 0
-    ]
+    patches = patches.reshape(height // merge, width // merge, merge, merge, 3, -1, patch, patch)[:, :, :, :, :, 0]
     return patches.permute(0, 2, 5, 1, 3, 6, 4).reshape(height * patch, width * patch, 3)
 
 

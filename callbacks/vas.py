@@ -242,9 +242,7 @@ class VASCallback(Callback):
             scalars[f"val/image_share{suffix}"] = measured.mean(query, "share")
         return scalars
 
-    def _report(
-        self, trainer: Trainer, pl_module: LightningModule, metrics: Mapping[str, float]
-    ) -> dict[str, Any]:
+    def _report(self, trainer: Trainer, pl_module: LightningModule, metrics: Mapping[str, float]) -> dict[str, Any]:
         measured = self._measurement
         vlm = locate_vlm(pl_module, self.model)
         return {

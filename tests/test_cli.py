@@ -30,8 +30,8 @@ def options(folder, **data):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_config_builds_offline(path):
-    overlay = path.name not in ("avar_sft.yaml", "demo_pretrain.yaml")
-    files = ["--config", BASE, "--config", str(path)] if overlay else ["--config", str(path)]
+    recipe = "demo_pretrain.yaml" if path.name.startswith("demo_pretrain") else "avar_sft.yaml"
+    files = [option for name in dict.fromkeys([recipe, path.name]) for option in ("--config", str(CONFIGS / name))]
     cli = build([*files, *BLANK_DEMO, *ON_ONE_CPU])
     written = yaml.safe_load(path.read_text())
     for name, value in written.get("model", {}).get("init_args", {}).get("guidance", {}).items():
@@ -116,7 +116,10 @@ def refused(capsys, args, status):
         ({"model": {"class_path": "avar_lightning.SFTModule", "init_args": {"guidance": {"alfa": 1}}}}, "'alfa'"),
         ({"trainer": {"max_stepz": 3}}, "trainer.max_stepz"),
         ({"modle": 3}, "'modle'"),
-        ({"data": {"class_path": "avar_lightning.data.DemoDataModule", "init_args": {"bacth_size": 3}}}, "'bacth_size'"),
+        (
+            {"data": {"class_path": "avar_lightning.data.DemoDataModule", "init_args": {"bacth_size": 3}}},
+            "'bacth_size'",
+        ),
     ],
 )
 def test_unknown_key_in_a_config_is_named(tmp_path, capsys, written, words):

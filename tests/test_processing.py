@@ -23,7 +23,7 @@ def test_pixel_bounds_limit_image_tokens():
 
 
 def test_pixel_bounds_in_the_wrong_order_are_refused():
-    with pytest.raises(ValueError, match="min_pixels=9999999 is more than max_pixels"):
+    with pytest.raises(ValueError, match="min_pixels=9999999 is more than"):
         load_processor("demo", min_pixels=9999999)
 
 
@@ -33,7 +33,7 @@ def test_saved_processor_keeps_the_standard_class_name(tmp_path):
 
 
 def test_missing_folder_is_named():
-    with pytest.raises(FileNotFoundError, match="'./nowhere'"):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
         resolve_pretrained("./nowhere")
 
 

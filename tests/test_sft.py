@@ -88,14 +88,18 @@ def test_loss_is_lm_plus_guidance_and_both_are_logged(make_data, form):
     assert logged["train/loss_lm"].item() == pytest.approx(loss_lm.item(), rel=1e-5)
     assert logged["train/loss"].item() == pytest.approx(expected.item(), rel=1e-5)
     parts = {"published": ["loss_enhance_img", "loss_suppress_sys"]}.get(form, ["loss_share"])
-    assert {f"train/{name}" for name in [*parts, "mass_image", "mass_system", "image_share", "vas_ratio_of_means"]} <= logged.keys()
+    assert {
+        f"train/{name}" for name in [*parts, "mass_image", "mass_system", "image_share", "vas_ratio_of_means"]
+    } <= logged.keys()
 
 
 def test_gradients_do_not_depend_on_checkpointing(make_data):
     batch = next(iter(make_data().train_dataloader()))
     gradients = []
     for checkpointing in (False, True):
-        module = make_module(GuidanceConfig(form="published", queries=["user", "response"]), gradient_checkpointing=checkpointing)
+        module = make_module(
+            GuidanceConfig(form="published", queries=["user", "response"]), gradient_checkpointing=checkpointing
+        )
         module.configure_model()
         with observe_attention(module.model, batch["role_ids"], queries=module.guidance.query_roles) as record:
             loss = module(batch).loss

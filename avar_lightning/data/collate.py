@@ -118,18 +118,14 @@ class SampleEncoder:
             made = self.processor(text=[text], images=images, return_tensors="pt", **special)
         except (ValueError, TypeError, IndexError, StopIteration) as error:
             kind = type(error).__name__
-            raise SampleError(
-                f"{where}: {type(self.processor).__name__} refuses it ({kind}: {error})"
-            ) from error
+            raise SampleError(f"{where}: {type(self.processor).__name__} refuses it ({kind}: {error})") from error
         return dict(made)
 
     def _check_text(self, messages: list[dict[str, Any]], where: str) -> None:
         """Refuse text that would become an image token without an image behind it."""
         token = getattr(self.processor, "image_token", None)
         if token and any(token in text for text in _texts(messages)):
-            raise SampleError(
-                f'{where}: its text holds the image placeholder {token!r}; use {{"type": "image"}} parts'
-            )
+            raise SampleError(f'{where}: its text holds the image placeholder {token!r}; use {{"type": "image"}} parts')
 
     def _render(self, messages: list[dict[str, Any]], where: str) -> tuple[list[dict[str, Any]], str]:
         """Render the chat template, with the messages in the form that the template keeps whole.
@@ -142,21 +138,15 @@ class SampleEncoder:
             # Ends only: templates trim content, and some drop the reasoning of earlier turns.
             if all(part.strip()[-16:] in text for part in _texts(messages)):
                 return form, text
-        raise SampleError(
-            f"{where}: the template of {type(self.processor).__name__} drops part of its messages"
-        )
+        raise SampleError(f"{where}: the template of {type(self.processor).__name__} drops part of its messages")
 
     def _prompt(
         self, messages: list[dict[str, Any]], whole: dict[str, Tensor], sample: Sample, where: str
     ) -> dict[str, Tensor]:
         """The conversation up to its last response, with the header that asks for the next one."""
         asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        if any(
-            part["type"] == "image" for turn in messages[len(asked) :] for part in _as_parts(turn["content"])
-        ):
-            raise SampleError(
-                f"{where}: its last response shows an image; expected images in earlier turns only"
-            )
+        if any(part["type"] == "image" for turn in messages[len(asked) :] for part in _as_parts(turn["content"])):
+            raise SampleError(f"{where}: its last response shows an image; expected images in earlier turns only")
         text = self.processor.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
         made = self._process(text, sample, where)
         prompt = {name: value for name, value in made.items() if _is_sequence(value, made["input_ids"])}
@@ -242,12 +232,7 @@ def _as_string(content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]
 
 
 def _texts(messages: list[dict[str, Any]]) -> list[str]:
-    return [
-        part["text"]
-        for message in messages
-        for part in _as_parts(message["content"])
-        if part["type"] == "text"
-    ]
+    return [part["text"] for message in messages for part in _as_parts(message["content"]) if part["type"] == "text"]
 
 
 def _is_sequence(value: Tensor, input_ids: Tensor) -> bool:
@@ -271,9 +256,7 @@ def _concatenate(values: Sequence[Tensor]) -> Tensor:
     padded = []
     for value in values:
         margins = [
-            side
-            for size, most in zip(reversed(value.shape[1:]), reversed(largest))
-            for side in (0, most - size)
+            side for size, most in zip(reversed(value.shape[1:]), reversed(largest)) for side in (0, most - size)
         ]
         padded.append(F.pad(value, margins))
     return torch.cat(padded)

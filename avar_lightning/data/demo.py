@@ -19,8 +19,13 @@ from avar_lightning.data.sample import Sample
 
 Task = Literal["locate", "count", "compare", "chart", "angle"]
 Style = Literal["direct", "reasoned", "anchored"]
+Stage = Literal["see", "read"]
 
 TASKS: tuple[Task, ...] = ("locate", "count", "compare", "chart", "angle")
+MIXTURES: dict[Stage, dict[str, int]] = {
+    "see": {"caption": 13, "part": 3, "question": 3, "text": 1},
+    "read": {"caption": 3, "part": 7, "question": 2, "text": 5, "note": 3},
+}
 STYLES: tuple[Style, ...] = ("direct", "reasoned", "anchored")
 COLOURS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 90, 200), "yellow": (235, 190, 20)}
 SHAPES = ("circle", "square", "triangle")
@@ -259,9 +264,7 @@ def _conversation(user: str, response: str, *, picture: bool) -> list[dict[str, 
     ]
 
 
-def demo_samples(
-    count: int, *, style: Style, hint_rate: float, seed: int, split: str
-) -> Iterator[Sample]:
+def demo_samples(count: int, *, style: Style, hint_rate: float, seed: int, split: str) -> Iterator[Sample]:
     """Questions with notes; the columns tell `task`, `style`, the `note` and whether it is right (`note_right`).
 
     Args:
@@ -288,32 +291,34 @@ def demo_samples(
         )
 
 
-def pretraining_samples(count: int, *, seed: int) -> Iterator[Sample]:
-    """What the demo base is pretrained on: captions, questions answered at once, and plain text.
+def pretraining_samples(count: int, *, stage: Stage, seed: int) -> Iterator[Sample]:
+    """What the demo base is pretrained on, in two stages: first to `see`, then to `read`.
 
-    Four in five are pictures with a description, of the whole or of a part; three in twenty are questions with notes
-    that are right 80 % of the time and `direct` answers; one in twenty is text only: a description to read and a
-    question about it. Nothing here reasons, so the base can see and read, and trusts the note.
+    `see` is mostly captions; `read` is mostly what needs words of the question or of a text to be found again: parts of
+    a picture, parts of a description, the note. Both have questions with notes that are right 80 % of the time and
+    `direct` answers. Nothing here reasons, so the base can see and read, and trusts the note.
     """
+    if stage not in MIXTURES:
+        raise ValueError(f"Unknown pretraining stage {stage!r}, expected one of {tuple(MIXTURES)}; check the spelling.")
     for index in range(count):
-        rng = random.Random(f"{seed}/pretrain/{index}")
-        task = rng.choices(TASKS, weights=(3, 2, 1, 2, 1))[0]
-        problem = sample_problem(task, rng)
-        kind = rng.choices(("caption", "part", "question", "text"), weights=(13, 3, 3, 1))[0]
-        if kind == "caption":
-            user, response = "Describe the picture.", problem.scene.describe()
-        elif kind == "part":
-            user, response = f"Describe {problem.topic}.", problem.second_look
-        else:
-            note = problem.answer if rng.random() < 0.8 else rng.choice(problem.wrong)
-            told = f"{problem.scene.describe()} " if kind == "text" else ""
-            user, response = f"{told}{problem.question} Note: it may be {note}.", respond(problem, note, "direct")
+        rng = random.Random(f"{seed}/{stage}/{index}")
+        problem = sample_problem(rng.choices(TASKS, weights=(3, 2, 1, 2, 1))[0], rng)
+        kinds, weights = zip(*MIXTURES[stage].items())
+        kind = rng.choices(kinds, weights)[0]
+        note = problem.answer if rng.random() < 0.8 else rng.choice(problem.wrong)
+        user, response = {
+            "caption": ("Describe the picture.", problem.scene.describe()),
+            "part": (f"Describe {problem.topic}.", problem.second_look),
+            "text": (f"{problem.scene.describe()} Describe {problem.topic}.", problem.second_look),
+            "note": (f"{problem.question} Note: it may be {note}. Describe the note.", f"The note says {note}."),
+            "question": (f"{problem.question} Note: it may be {note}.", respond(problem, note, "direct")),
+        }[kind]
         picture = kind != "text"
         yield Sample(
             messages=_conversation(user, response, picture=picture),
             images=[problem.scene.draw(rng)] if picture else [],
-            answer=problem.answer if kind in ("question", "text") else response,
-            id=f"pretrain-{index:06d}",
-            source=f"demo/pretrain/{kind}",
+            answer=problem.answer if kind == "question" else response,
+            id=f"{stage}-{index:06d}",
+            source=f"demo/{stage}/{kind}",
             columns={"task": problem.task},
         )

@@ -18,7 +18,7 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
-from avar_lightning.data.demo import IMAGE_SIZE, STYLES, demo_samples, pretraining_samples
+from avar_lightning.data.demo import IMAGE_SIZE, MIXTURES, STYLES, demo_samples, pretraining_samples
 from avar_lightning.processing import image_only
 
 SPECIAL_TOKENS = (
@@ -79,15 +79,13 @@ def build_processor(*, vocab_size: int = 640, seed: int = 0) -> ProcessorMixin:
         padding_side="left",
         model_max_length=1024,
     )
-    image_processor = Qwen2VLImageProcessorPil(
-        size={"shortest_edge": IMAGE_SIZE**2, "longest_edge": 4 * IMAGE_SIZE**2}
-    )
+    image_processor = Qwen2VLImageProcessorPil(size={"shortest_edge": IMAGE_SIZE**2, "longest_edge": 4 * IMAGE_SIZE**2})
     return image_only(Qwen2_5_VLProcessor)(image_processor, tokenizer, chat_template=CHAT_TEMPLATE)
 
 
 def _demo_texts(seed: int, count: int = 1000) -> Iterator[str]:
     streams = [demo_samples(count, style=s, hint_rate=0.5, seed=seed, split="tokenizer") for s in STYLES]
-    for stream in [*streams, pretraining_samples(count, seed=seed)]:
+    for stream in [*streams, *(pretraining_samples(count, stage=stage, seed=seed) for stage in MIXTURES)]:
         for sample in stream:
             for message in sample.messages:
                 yield message["role"]

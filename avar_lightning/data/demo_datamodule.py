@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from avar_lightning.data.datamodule import ShardDataModule
-from avar_lightning.data.demo import Style, demo_samples, pretraining_samples
+from avar_lightning.data.demo import Stage, Style, demo_samples, pretraining_samples
 from avar_lightning.data.sample import Sample
 from avar_lightning.data.shards import MANIFEST, write_shards
 
@@ -17,7 +17,7 @@ class DemoDataModule(ShardDataModule):
 
     Args:
         folder: Where the shards are kept, in one subfolder for each choice of the options below.
-        style: How training responses are written; `pretrain` is what the embedded base was made from.
+        style: How training responses are written; `see` and `read` are the stages of the base's pretraining.
         num_train: Training samples.
         num_val: Validation samples.
         train_hint_rate: Probability that the note in a training question is right.
@@ -33,7 +33,7 @@ class DemoDataModule(ShardDataModule):
     def __init__(
         self,
         folder: str = "data/demo",
-        style: Style | Literal["pretrain"] = "anchored",
+        style: Style | Stage = "anchored",
         num_train: int = 6000,
         num_val: int = 200,
         train_hint_rate: float = 0.8,
@@ -49,7 +49,7 @@ class DemoDataModule(ShardDataModule):
         self.num_train, self.num_val, self.world_seed, self.style = num_train, num_val, world_seed, style
         self.train_hint_rate, self.val_hint_rate = train_hint_rate, val_hint_rate
         self.train_folder = root / f"train-{style}-{num_train}-notes-{train_hint_rate}-seed-{world_seed}"
-        self.val_style: Style = "direct" if style == "pretrain" else style
+        self.val_style: Style = "direct" if style in ("see", "read") else style
         self.val_folder = root / f"val-{self.val_style}-{num_val}-notes-{val_hint_rate}-seed-{world_seed}"
         super().__init__(
             train=str(self.train_folder),
@@ -67,15 +67,13 @@ class DemoDataModule(ShardDataModule):
         """Write the shards that are not there; one process does it."""
         seed = self.world_seed
         train: Iterable[Sample]
-        if self.style == "pretrain":
-            train = pretraining_samples(self.num_train, seed=seed)
+        if self.style in ("see", "read"):
+            train = pretraining_samples(self.num_train, stage=self.style, seed=seed)
         else:
             train = demo_samples(
                 self.num_train, style=self.style, hint_rate=self.train_hint_rate, seed=seed, split="train"
             )
-        val = demo_samples(
-            self.num_val, style=self.val_style, hint_rate=self.val_hint_rate, seed=seed, split="val"
-        )
+        val = demo_samples(self.num_val, style=self.val_style, hint_rate=self.val_hint_rate, seed=seed, split="val")
         wanted = ((train, self.train_folder, self.num_train), (val, self.val_folder, self.num_val))
         for samples, folder, count in wanted:
             if not (folder / MANIFEST).is_file():

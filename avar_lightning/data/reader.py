@@ -105,9 +105,7 @@ class ShardReader(IterableDataset[Delivery]):
         """Batches of this rank in one epoch, ``None`` when the shards' sizes are unknown."""
         if self.total is None:
             return None
-        return batches_per_rank(
-            self.total, self.batch_size, world_size=self.world_size, drop_last=self.drop_last
-        )
+        return batches_per_rank(self.total, self.batch_size, world_size=self.world_size, drop_last=self.drop_last)
 
     def __iter__(self) -> Iterator[Delivery]:
         info = get_worker_info()
@@ -139,9 +137,7 @@ class ShardReader(IterableDataset[Delivery]):
         stream = itertools.chain(((raw, False) for raw in mine), ((raw, True) for raw in rest))
         yield from self._batches(stream, arc, own)
 
-    def _batches(
-        self, stream: Iterator[tuple[Raw, bool]], arc: Arc | None, rng: random.Random
-    ) -> Iterator[Delivery]:
+    def _batches(self, stream: Iterator[tuple[Raw, bool]], arc: Arc | None, rng: random.Random) -> Iterator[Delivery]:
         news = Delivery()
         group: list[Encoded] = []
         made = 0
@@ -150,9 +146,7 @@ class ShardReader(IterableDataset[Delivery]):
             if extra and made >= needed:
                 break
             if arc is not None and not made and index > arc.num_samples + (self.total or 0):
-                yield Delivery(
-                    failure=f"none of the {self.total} samples from {self.shards[0].url} can be used"
-                )
+                yield Delivery(failure=f"none of the {self.total} samples from {self.shards[0].url} can be used")
                 return
             news.seen += 1
             try:

@@ -125,9 +125,7 @@ def _count_images(content: Any, index: int) -> int:
     if isinstance(content, str):
         return 0
     if not isinstance(content, Sequence):
-        raise ValueError(
-            f"message {index} has content {_short(content)}; expected a string or a list of parts"
-        )
+        raise ValueError(f"message {index} has content {_short(content)}; expected a string or a list of parts")
     images = 0
     for part in content:
         # Arrow-made JSON fills the fields that a part lacks with null.
@@ -161,9 +159,7 @@ def _image_names(files: Mapping[str, bytes]) -> list[str]:
     for name in files:
         match = _IMAGE_MEMBER.fullmatch(name)
         if match is None:
-            raise ValueError(
-                f"unexpected file KEY.{name}; expected KEY.json and images KEY.0.png, KEY.1.jpg, …"
-            )
+            raise ValueError(f"unexpected file KEY.{name}; expected KEY.json and images KEY.0.png, KEY.1.jpg, …")
         if indices.setdefault(int(match[1]), name) != name:
             raise ValueError(f"two files, KEY.{indices[int(match[1])]} and KEY.{name}, for image {match[1]}")
     if sorted(indices) != list(range(len(indices))):
@@ -178,9 +174,7 @@ def _decode_image(name: str, value: bytes) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(value)) as image:
                 return _to_rgb(ImageOps.exif_transpose(image))
-    except (
-        Exception
-    ) as error:  # Pillow's plugins raise anything from SyntaxError to struct.error on bad bytes
+    except Exception as error:  # Pillow's plugins raise anything from SyntaxError to struct.error on bad bytes
         raise ValueError(f"image KEY.{name} cannot be decoded ({type(error).__name__}: {error})") from error
 
 

@@ -124,9 +124,7 @@ class ShardWriter:
             for path, count in zip(self.paths, self._counts)
         ]
         manifest = self.folder / MANIFEST
-        _temporary(manifest).write_text(
-            json.dumps({"samples": sum(self._counts), "shards": entries}, indent=1)
-        )
+        _temporary(manifest).write_text(json.dumps({"samples": sum(self._counts), "shards": entries}, indent=1))
         _temporary(manifest).replace(manifest)
 
     def _next_shard(self) -> None:
@@ -169,9 +167,7 @@ def write_shards(
     with ShardWriter(
         folder, samples_per_shard=samples_per_shard, image_format=image_format, overwrite=overwrite
     ) as writer:
-        for sample in tqdm(
-            samples, total=total, unit="sample", desc=f"writing {folder}", disable=not progress
-        ):
+        for sample in tqdm(samples, total=total, unit="sample", desc=f"writing {folder}", disable=not progress):
             writer.write(sample)
     return writer.paths
 
@@ -217,16 +213,12 @@ def _expand_pattern(pattern: str, *, spec: str) -> list[str]:
     if path.is_dir():
         found = [str(item) for item in sorted(path.glob("*.tar"))]
         if not found:
-            raise FileNotFoundError(
-                f"no shard in the folder {spec}; expected .tar files there: write them first"
-            )
+            raise FileNotFoundError(f"no shard in the folder {spec}; expected .tar files there: write them first")
         return found
     found = [str(path)] if path.is_file() else sorted(glob.glob(str(path)))
     if not found:
         raise FileNotFoundError(
-            f"no such shard: {pattern}"
-            + (f" (of {spec})" if pattern != spec else "")
-            + "; expected an existing "
+            f"no such shard: {pattern}" + (f" (of {spec})" if pattern != spec else "") + "; expected an existing "
             ".tar file, a folder or pattern of them, a pipe: or a URL: correct the path or write the shards"
         )
     return found

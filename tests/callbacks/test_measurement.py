@@ -53,9 +53,7 @@ def test_processes_that_share_the_batches_measure_what_one_does(split: tuple[lis
         one, two = alone.report(query), together.report(query)
         assert one["mean_of_ratios"] == two["mean_of_ratios"]
         np.testing.assert_allclose(one["map"], two["map"], rtol=1e-12)
-        np.testing.assert_allclose(
-            one["attention_shares"]["image"], two["attention_shares"]["image"], rtol=1e-12
-        )
+        np.testing.assert_allclose(one["attention_shares"]["image"], two["attention_shares"]["image"], rtol=1e-12)
 
 
 def test_nothing_measured_reports_nothing() -> None:

@@ -48,9 +48,7 @@ def test_image_is_rebuilt_from_qwen_patches() -> None:
     roles = roles_of(4 + 6, 8)
     received = torch.rand(roles.shape[1])
     for index, expected in ((0, images[0]), (1, images[2])):
-        pixels, grid = lay_on_image(
-            received, batch, roles, index, vision_config=VISION, image_processor=processor
-        )
+        pixels, grid = lay_on_image(received, batch, roles, index, vision_config=VISION, image_processor=processor)
         np.testing.assert_allclose(pixels, np.asarray(expected), atol=1)
         assert grid.shape == (expected.height // 28, expected.width // 28)
 
@@ -79,9 +77,7 @@ def test_large_images_are_shrunk_with_their_proportions() -> None:
         ({"image_grid_thw": torch.tensor([[2, 4, 4]])}, 8, "a video of 2 steps"),
     ],
 )
-def test_what_cannot_be_laid_on_an_image_says_why(
-    batch: dict[str, Any], num_tokens: int, message: str
-) -> None:
+def test_what_cannot_be_laid_on_an_image_says_why(batch: dict[str, Any], num_tokens: int, message: str) -> None:
     roles = roles_of(num_tokens)
     with pytest.raises(OverlayError, match=message):
         lay_on_image(torch.ones(roles.shape[1]), batch, roles, 0, vision_config=VISION)

@@ -101,9 +101,7 @@ def ratios_by_hand(vlm: Any, data: list[dict[str, Any]], query: Role) -> list[li
                 for head in range(attention.shape[2]):
                     for token in np.flatnonzero(roles == query):
                         weights = attention[layer, row, head, token]
-                        pairs.append(
-                            (weights[roles == Role.IMAGE].sum(), weights[roles == Role.SYSTEM].sum())
-                        )
+                        pairs.append((weights[roles == Role.IMAGE].sum(), weights[roles == Role.SYSTEM].sum()))
             samples.append(pairs)
     return samples
 
@@ -276,9 +274,7 @@ def test_forward_on_other_tokens_is_an_error_at_the_end(tmp_path: Path) -> None:
         def validation_step(self, batch: dict[str, Any], index: int) -> None:
             self.loss(make_batch(Conversation(after=20)).inputs)
 
-    with pytest.raises(
-        ValueError, match="saw no forward of the model over batch\\['input_ids'\\] in 2 validation"
-    ):
+    with pytest.raises(ValueError, match="saw no forward of the model over batch\\['input_ids'\\] in 2 validation"):
         measure(tmp_path, Elsewhere())
 
 
@@ -384,9 +380,7 @@ def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
             assert together[query][reduction] == pytest.approx(alone[query][reduction], rel=1e-6)
         np.testing.assert_allclose(together[query]["map"], alone[query]["map"], rtol=1e-6)
     vas = [name for name in alone["metrics"] if "own" not in name]
-    assert {name: together["metrics"][name] for name in vas} == pytest.approx(
-        {n: alone["metrics"][n] for n in vas}
-    )
+    assert {name: together["metrics"][name] for name in vas} == pytest.approx({n: alone["metrics"][n] for n in vas})
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import pytest
 
 from avar_lightning.data.demo import (
     COLOURS,
+    MIXTURES,
     STYLES,
     TASKS,
     Angle,
@@ -115,10 +116,11 @@ def test_triangles_stay_inside_the_picture(degrees):
         assert (border == 255).all()
 
 
-def test_pretraining_never_reasons_and_has_all_kinds():
-    samples = list(pretraining_samples(300, seed=0))
+@pytest.mark.parametrize("stage", MIXTURES)
+def test_pretraining_never_reasons_and_has_every_kind(stage):
+    samples = list(pretraining_samples(300, stage=stage, seed=0))
     kinds = Counter(sample.source.rpartition("/")[2] for sample in samples)
-    assert set(kinds) == {"caption", "part", "question", "text"}
+    assert set(kinds) == set(MIXTURES[stage])
     assert not any("<think>" in str(sample.messages) for sample in samples)
     for sample in samples:
         parts = sample.messages[1]["content"]
@@ -128,5 +130,7 @@ def test_pretraining_never_reasons_and_has_all_kinds():
 def test_unknown_task_and_style_are_named():
     with pytest.raises(ValueError, match="'maze'"):
         sample_problem("maze", random.Random(0))
+    with pytest.raises(ValueError, match="'hear'"):
+        next(pretraining_samples(1, stage="hear", seed=0))
     with pytest.raises(ValueError, match="'poem'"):
         respond(sample_problem("count", random.Random(0)), "1", "poem")
