@@ -37,7 +37,7 @@ METRICS = {
 }
 
 
-def run(arm: str, seed: int, folder: Path, threads: int, extra: list[str]) -> dict[str, dict[str, float]]:
+def run(arm: str, seed: int, folder: Path, steps: int, threads: int, extra: list[str]) -> dict[str, dict[str, float]]:
     """Train one arm with one seed unless it is done; returns its summary."""
     form, queries = ARMS[arm]
     name = arm.replace(", Q = ", "_").replace("∪", "")
@@ -53,6 +53,8 @@ def run(arm: str, seed: int, folder: Path, threads: int, extra: list[str]) -> di
             f"--trainer.logger.init_args.save_dir={folder}",
             f"--trainer.logger.init_args.name={name}",
             f"--trainer.logger.init_args.version=seed_{seed}",
+            f"--trainer.max_steps={steps}",
+            f"--trainer.val_check_interval={steps}",
             *extra,
         ]
         with log.open("w") as output:
@@ -66,6 +68,7 @@ def run(arm: str, seed: int, folder: Path, threads: int, extra: list[str]) -> di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=300, help="training steps of a run")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time; they share the cores")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "guidance_table", help="where the runs go")
@@ -78,7 +81,7 @@ def main() -> None:
     with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(jobs), desc="runs") as bar:
 
         def one(job: tuple[str, int]) -> dict[str, dict[str, float]]:
-            summary = run(*job, options.folder.resolve(), threads, options.extra)
+            summary = run(*job, options.folder.resolve(), options.steps, threads, options.extra)
             bar.update()
             return summary
 
@@ -95,7 +98,7 @@ def main() -> None:
     environment = f"{platform.machine()} CPU, torch {version('torch')}, transformers {version('transformers')}"
     heading = (
         "Accuracy of generated answers; VAS (ratio of mean masses) and image share of the reference responses' tokens. "
-        f"Mean ± sd over seeds {seeds}; {environment}; {date.today()}; `make table`."
+        f"{options.steps} steps; mean ± sd over seeds {seeds}; {environment}; {date.today()}; `make table`."
     )
     (options.output / "guidance.md").write_text(f"{results_table(rows)}\n\n{heading}\n")
     plot_results(rows).savefig(options.output / "guidance.png", dpi=150)

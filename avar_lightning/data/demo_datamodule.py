@@ -49,7 +49,7 @@ class DemoDataModule(ShardDataModule):
         self.num_train, self.num_val, self.world_seed, self.style = num_train, num_val, world_seed, style
         self.train_hint_rate, self.val_hint_rate = train_hint_rate, val_hint_rate
         self.train_folder = root / f"train-{style}-{num_train}-notes-{train_hint_rate}-seed-{world_seed}"
-        self.val_style: Style = "direct" if style in ("see", "read") else style
+        self.val_style: Style = "direct" if style == "see" or style == "read" else style
         self.val_folder = root / f"val-{self.val_style}-{num_val}-notes-{val_hint_rate}-seed-{world_seed}"
         super().__init__(
             train=str(self.train_folder),
@@ -67,7 +67,7 @@ class DemoDataModule(ShardDataModule):
         """Write the shards that are not there; one process does it."""
         seed = self.world_seed
         train: Iterable[Sample]
-        if self.style in ("see", "read"):
+        if self.style == "see" or self.style == "read":
             train = pretraining_samples(self.num_train, stage=self.style, seed=seed)
         else:
             train = demo_samples(
