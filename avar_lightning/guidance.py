@@ -7,6 +7,7 @@ only up to a target. The mathematics is in `losses.py`; here it meets a recorded
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -115,36 +116,41 @@ def guide(record: AttentionRecord, config: GuidanceConfig) -> GuidanceOutput:
 class GamingMonitor:
     """Notices when the model satisfies guidance instead of the task: system mass collapses while the LM loss rises.
 
-    Both signals are smoothed over about `window` steps. System mass has collapsed below `collapse` of its starting
-    value; the LM loss has risen when it is more than `rise` above its lowest.
+    Both signals are smoothed over about `window` updates, the mass by its logarithm, so that a fall by orders of
+    magnitude shows within a few. System mass has collapsed below `collapse` of its highest value; the LM loss has risen
+    when it is more than `rise` above its lowest.
     """
 
     def __init__(self, *, window: int = 20, collapse: float = 0.01, rise: float = 0.1) -> None:
-        self.decay = 1 - 1 / window
         self.window, self.collapse, self.rise = window, collapse, rise
         self.steps = 0
-        self.loss = self.mass = 0.0
-        self.start_mass = self.lowest_loss = float("nan")
+        self.loss = self.log_mass = self.highest_mass = 0.0
+        self.lowest_loss = math.inf
         self.warned = False
 
     def update(self, lm_loss: float, system_mass: float) -> str | None:
-        """Take one step's values; returns the warning the first time that both signals hold, else `None`."""
+        """Take one step's values; returns the warning the first time that both signals hold, else `None`.
+
+        A mass of 0 means a batch without system tokens or queries, and is passed over.
+        """
+        if system_mass <= 0:
+            return None
         self.steps += 1
-        mix = max(1 / self.steps, 1 - self.decay)
+        mix = 1 / min(self.steps, self.window)
         self.loss += mix * (lm_loss - self.loss)
-        self.mass += mix * (system_mass - self.mass)
+        self.log_mass += mix * (math.log(system_mass) - self.log_mass)
+        mass = math.exp(self.log_mass)
+        self.highest_mass = max(self.highest_mass, mass)
         if self.steps < self.window:
             return None
-        if self.steps == self.window:
-            self.start_mass, self.lowest_loss = self.mass, self.loss
         self.lowest_loss = min(self.lowest_loss, self.loss)
-        collapsed = self.mass < self.collapse * self.start_mass
+        collapsed = mass < self.collapse * self.highest_mass
         risen = self.loss > (1 + self.rise) * self.lowest_loss
         if self.warned or not (collapsed and risen):
             return None
         self.warned = True
         return (
-            f"Guidance is being gamed: attention to the system prompt fell from {self.start_mass:.2g} to "
-            f"{self.mass:.2g} while the LM loss rose from {self.lowest_loss:.3g} to {self.loss:.3g}; "
-            "lower the guidance weights or use a bounded form (guidance.form: share or hinge)."
+            f"Guidance is being gamed: attention to the system prompt fell from {self.highest_mass:.2g} to {mass:.2g} "
+            f"while the LM loss rose from {self.lowest_loss:.3g} to {self.loss:.3g}; lower the guidance weights or use "
+            "the bounded form (guidance.form: share or hinge)."
         )

@@ -130,3 +130,15 @@ def test_neither_signal_alone_is_gaming():
     collapse = [0.3 * math.exp(-0.3 * step) for step in steps]
     assert warnings_of([1 - 0.01 * step for step in steps], collapse) == []
     assert warnings_of([1 + 0.05 * step for step in steps], [0.3] * 60) == []
+
+
+def test_gaming_is_noticed_within_a_run_as_short_as_the_demo():
+    masses = [0.3] * 10 + [1e-9] * 35
+    losses = [1.0] * 20 + [1 + 0.05 * step for step in range(25)]
+    monitor = GamingMonitor()
+    assert any(monitor.update(*pair) for pair in zip(losses, masses))
+
+
+def test_batches_without_system_tokens_are_no_collapse():
+    masses = [0.3, 0.0] * 30
+    assert warnings_of([1 + 0.05 * step for step in range(60)], masses) == []
