@@ -8,12 +8,13 @@ batch less than the others is a sample used again, with ``"repeated": True`` in 
 import itertools
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from avar_lightning.data.collate import Collator, Encoded, SampleEncoder, TooLong
 from avar_lightning.data.order import Arc, Raw, batches_per_rank, read_circle, read_stripe, split_samples
@@ -38,6 +39,10 @@ class Delivery:
     bad: list[str] = field(default_factory=list)
     too_long: list[str] = field(default_factory=list)
     failure: str = ""
+
+    def pin_memory(self) -> "Delivery":
+        """The same with its tensors in page-locked memory; DataLoader asks for it by this name."""
+        return replace(self, batch=pin_memory(self.batch))
 
 
 class ShardReader(IterableDataset[Delivery]):
