@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig, AutoProcessor, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
@@ -41,7 +42,17 @@ def image_only(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):  # type: ignore[no-untyped-def]
         processor_class.__init__(self, image_processor, tokenizer, chat_template=chat_template, **kwargs)
 
-    return type(processor_class.__name__, (processor_class,), {"__init__": __init__})
+    # A class made here has no name to import, and workers that are spawned get their processor pickled.
+    def __reduce__(self):  # type: ignore[no-untyped-def]
+        return _unpickle, (processor_class, self.__dict__)
+
+    return type(processor_class.__name__, (processor_class,), {"__init__": __init__, "__reduce__": __reduce__})
+
+
+def _unpickle(processor_class: Any, state: dict[str, Any]) -> ProcessorMixin:
+    processor: ProcessorMixin = object.__new__(image_only(processor_class))
+    processor.__dict__.update(state)
+    return processor
 
 
 def load_processor(

@@ -1,4 +1,5 @@
 import json
+import pickle
 
 import pytest
 from PIL import Image
@@ -30,6 +31,14 @@ def test_pixel_bounds_in_the_wrong_order_are_refused():
 def test_saved_processor_keeps_the_standard_class_name(tmp_path):
     load_processor("demo").save_pretrained(tmp_path)
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["processor_class"] == "Qwen2_5_VLProcessor"
+
+
+def test_processor_reaches_a_spawned_worker():
+    processor = load_processor("demo")
+    copy = pickle.loads(pickle.dumps(processor))
+    assert type(copy) is type(processor)
+    encoded = [p(text=["<|image_pad|>"], images=[Image.new("RGB", (84, 84))])["input_ids"] for p in (processor, copy)]
+    assert encoded[0] == encoded[1]
 
 
 def test_missing_folder_is_named():
