@@ -72,8 +72,10 @@ class AvarCLI(LightningCLI):
         trainer, seconds = self.trainer, time.monotonic() - self.started
         before, after = measurements(trainer)
         folder = Path(trainer.log_dir or trainer.default_root_dir)
-        exported = None if getattr(trainer, "fast_dev_run", False) else export(trainer, self.model, folder / "hf")
-        if exported and trainer.is_global_zero:
+        trying = getattr(trainer, "fast_dev_run", False)
+        exported = None if trying else export(trainer, self.model, folder / "hf")
+        if not trying and trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
             summary = {"before": before, "after": after, "steps": trainer.global_step, "seconds": seconds}
             partial = folder / "summary.json.tmp"
             partial.write_text(json.dumps(summary, indent=1) + "\n")

@@ -72,6 +72,8 @@ class GuidanceOutput:
 
     loss: Tensor
     logs: dict[str, Tensor]
+    num_guided: Tensor
+    """Samples of the batch that have query, image and system tokens, or for `published` what one of its terms needs."""
 
 
 def guide(record: AttentionRecord, config: GuidanceConfig) -> GuidanceOutput:
@@ -110,7 +112,10 @@ def guide(record: AttentionRecord, config: GuidanceConfig) -> GuidanceOutput:
                 image, system, query_mask, reduction="ratio_of_means"
             ).nanmean(),
         }
-    return GuidanceOutput(loss, {name: value.detach() for name, value in logs.items()})
+        has = [(record.role_ids == role).any(dim=1) for role in (Role.IMAGE, Role.SYSTEM)]
+        has_keys = has[0] | has[1] if config.form == "published" else has[0] & has[1]
+        num_guided = (query_mask.any(dim=1) & has_keys).sum()
+    return GuidanceOutput(loss, {name: value.detach() for name, value in logs.items()}, num_guided)
 
 
 class GamingMonitor:

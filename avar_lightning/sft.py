@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torchmetrics import MeanMetric
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
@@ -22,6 +23,8 @@ from avar_lightning.model import VLMConfig, load_model
 from avar_lightning.processing import load_processor
 from avar_lightning.rewards import accuracy_reward
 
+# Logged batches in a row without a sample to guide after which the run stops.
+PATIENCE = 10
 # What a batch carries for us and not for the model's forward.
 NOT_MODEL_INPUTS = ("role_ids", "prompt", "columns", "images")
 
@@ -87,6 +90,7 @@ class SFTModule(L.LightningModule):
         )
         self.processor = load_processor(self.vlm.pretrained)
         self.gaming = GamingMonitor()
+        self.unguided = 0
         self.validation_loss = MeanMetric()
         self.accuracy = MeanMetric()
 
@@ -95,6 +99,8 @@ class SFTModule(L.LightningModule):
         if not hasattr(self, "model"):
             # Loaded models come in eval mode, which Lightning would keep: no checkpointing, no adapter dropout.
             self.model = load_model(self.vlm).train()
+            # Told apart here: FSDP flattens every parameter to one dimension.
+            self.vectors = {id(parameter) for parameter in self.model.parameters() if parameter.ndim < 2}
 
     def forward(self, batch: dict[str, Any]) -> Any:
         """The model's own output for a collated batch, LM loss included where it has labels."""
@@ -117,16 +123,24 @@ class SFTModule(L.LightningModule):
             guided = guide(record, guidance)
             loss = loss_lm + guided.loss
             logs |= guided.logs
-            self._watch_for_gaming(loss_lm, guided)
+            self._watch(loss_lm, guided)
         logs["loss"] = loss.detach()
         size = len(batch["input_ids"])
         self.log("train/loss", logs.pop("loss"), prog_bar=True, batch_size=size)
         self.log_dict({f"train/{name}": value for name, value in logs.items()}, batch_size=size)
         return loss
 
-    def _watch_for_gaming(self, loss_lm: Tensor, guided: GuidanceOutput) -> None:
+    def _watch(self, loss_lm: Tensor, guided: GuidanceOutput) -> None:
+        """Stop when guidance guides nothing, warn when it is gamed."""
         # Reading a value waits for the device, so only where values are logged anyway.
         if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self.unguided = 0 if guided.num_guided.item() else self.unguided + 1
+            if self.unguided == PATIENCE:
+                raise ValueError(
+                    f"guidance.form={self.guidance.form} found no sample to guide in {PATIENCE} logged batches, "
+                    "expected samples with image, system and query tokens; add a system message to the samples, or set "
+                    "guidance.form to none."
+                )
             warning = self.gaming.update(loss_lm.item(), guided.logs["mass_system"].item())
             if warning:
                 rank_zero_warn(warning)
@@ -140,13 +154,24 @@ class SFTModule(L.LightningModule):
             self.validation_loss.update(loss, weight=num_labels)
         self.log("val/loss", self.validation_loss, batch_size=size)
         if self.max_new_tokens:
-            answers = [columns.get("answer") for columns in batch["columns"]]
-            right = accuracy_reward(self.generate(batch), answers)
-            # A sample that only fills up another rank's last batch is scored where it belongs.
-            self.accuracy.update(
-                torch.tensor([r for r, columns in zip(right, batch["columns"]) if not columns.get("repeated")])
-            )
+            self._score(self.generate(batch), batch["columns"])
             self.log("val/accuracy", self.accuracy, prog_bar=True, batch_size=size)
+
+    def _score(self, completions: list[str], columns: list[dict[str, Any]]) -> None:
+        # A sample that only fills up another rank's last batch is scored where it belongs.
+        scored = [
+            (text, column["answer"])
+            for text, column in zip(completions, columns)
+            if column.get("answer") is not None and not column.get("repeated")
+        ]
+        if not any(column.get("answer") is not None for column in columns):
+            raise ValueError(
+                "No sample of a validation batch has an 'answer', expected one to score generated answers against; add "
+                "answers to the shards, or set --model.init_args.max_new_tokens 0."
+            )
+        if scored:
+            texts, answers = map(list, zip(*scored))
+            self.accuracy.update(torch.tensor(accuracy_reward(texts, answer=answers)))
 
     test_step = validation_step
 
@@ -195,14 +220,28 @@ class SFTModule(L.LightningModule):
             )
         trained = [p for p in self.parameters() if p.requires_grad]
         groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in trained if id(p) not in self.vectors], "weight_decay": config.weight_decay},
+            {"params": [p for p in trained if id(p) in self.vectors], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]))
         schedule = get_cosine_with_min_lr_schedule_with_warmup(
             optimizer, round(config.warmup_fraction * steps), int(steps), min_lr_rate=config.min_lr_fraction
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the global norm under FSDP too, where only the sharded model itself knows it."""
+        sharded = getattr(self.trainer.strategy, "model", None)
+        if isinstance(sharded, FullyShardedDataParallel) and gradient_clip_algorithm in (None, "norm"):
+            if gradient_clip_val:
+                sharded.clip_grad_norm_(gradient_clip_val)
+            return
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write a Hugging Face folder (model or adapters, and processor) that opens without this project."""

@@ -9,6 +9,7 @@ kept, so an interrupted table continues where it stopped.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -16,7 +17,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 
 from tqdm import tqdm
@@ -41,7 +42,16 @@ def run(arm: str, seed: int, folder: Path, steps: int, threads: int, extra: list
     """Train one arm with one seed unless it is done; returns its summary."""
     form, queries = ARMS[arm]
     name = arm.replace(", Q = ", "_").replace("∪", "")
-    summary = folder / name / f"seed_{seed}" / "summary.json"
+    # A changed recipe, world, base or option must not be served from an older run.
+    sources = (
+        "configs/avar_sft.yaml",
+        "avar_lightning/data/demo.py",
+        "avar_lightning/data/demo_base/model.safetensors",
+    )
+    recipe = hashlib.sha256(b"".join((ROOT / source).read_bytes() for source in sources))
+    recipe.update(repr((steps, extra)).encode())
+    version = f"seed_{seed}_{recipe.hexdigest()[:8]}"
+    summary = folder / name / version / "summary.json"
     if not summary.is_file():
         log = folder / f"{name}_seed_{seed}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +62,7 @@ def run(arm: str, seed: int, folder: Path, steps: int, threads: int, extra: list
             f"--model.init_args.guidance.queries=[{','.join(QUERY_SETS[queries])}]",
             f"--trainer.logger.init_args.save_dir={folder}",
             f"--trainer.logger.init_args.name={name}",
-            f"--trainer.logger.init_args.version=seed_{seed}",
+            f"--trainer.logger.init_args.version={version}",
             f"--trainer.max_steps={steps}",
             f"--trainer.val_check_interval={steps}",
             *extra,
@@ -95,7 +105,9 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "guidance.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     seeds = ", ".join(map(str, options.seeds))
-    environment = f"{platform.machine()} CPU, torch {version('torch')}, transformers {version('transformers')}"
+    environment = (
+        f"{platform.machine()} CPU, torch {metadata.version('torch')}, transformers {metadata.version('transformers')}"
+    )
     heading = (
         "Accuracy of generated answers; VAS (ratio of mean masses) and image share of the reference responses' tokens. "
         f"{options.steps} steps; mean ± sd over seeds {seeds}; {environment}; {date.today()}; `make table`."

@@ -6,6 +6,7 @@ from transformers import AutoModelForImageTextToText
 from avar_lightning.attention import observe_attention
 from avar_lightning.guidance import GuidanceConfig, guide
 from avar_lightning.model import LoRAConfig, VLMConfig
+from avar_lightning.roles import Role
 from avar_lightning.sft import NOT_MODEL_INPUTS, OptimizerConfig, SFTModule
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
@@ -229,3 +230,34 @@ def test_generation_never_samples_a_placeholder(make_data):
 def test_endless_schedule_is_refused(make_data):
     with pytest.raises(ValueError, match=r"set trainer\.max_steps"):
         fit(make_module(), make_data(), steps=-1, max_epochs=-1)
+
+
+def test_guidance_that_never_applies_stops_the_run(make_data, monkeypatch):
+    monkeypatch.setattr("avar_lightning.sft.PATIENCE", 2)
+    module = make_module()
+
+    class WithoutSystem(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            batch["role_ids"][batch["role_ids"] == Role.SYSTEM] = Role.OTHER
+
+    with pytest.raises(ValueError, match="no sample to guide in 2 logged batches"):
+        fit(module, make_data(), steps=4, log_every_n_steps=1, callbacks=[WithoutSystem()])
+
+
+def test_samples_without_answers_cannot_be_scored(make_data):
+    module = make_module(max_new_tokens=1)
+    module.configure_model()
+    with pytest.raises(ValueError, match="has an 'answer'"):
+        module._score(["a", "b"], [{"answer": None}, {}])
+    module._score(["<answer>1</answer>", "?"], [{"answer": 1}, {"answer": None}])
+    module._score(["?"], [{"answer": 1, "repeated": True}])
+    assert module.accuracy.compute() == 1.0
+
+
+def test_weight_decay_spares_vectors(make_data):
+    module = make_module()
+    trainer = fit(module, make_data(), steps=1)
+    decayed, spared = trainer.optimizers[0].param_groups
+    assert {p.ndim for p in spared["params"]} == {1}
+    assert min(p.ndim for p in decayed["params"]) == 2
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.01, 0.0)

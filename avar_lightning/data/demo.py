@@ -24,14 +24,16 @@ Stage = Literal["see", "read"]
 TASKS: tuple[Task, ...] = ("locate", "count", "compare", "chart", "angle")
 MIXTURES: dict[Stage, dict[str, int]] = {
     "see": {"caption": 13, "part": 3, "question": 3, "text": 1},
-    "read": {"caption": 3, "part": 7, "question": 2, "text": 5, "note": 3},
+    "read": {"caption": 6, "part": 5, "question": 2, "text": 5, "note": 2},
 }
 STYLES: tuple[Style, ...] = ("direct", "reasoned", "anchored")
 COLOURS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 90, 200), "yellow": (235, 190, 20)}
 SHAPES = ("circle", "square", "triangle")
+CELL_NAMES = tuple(row + column for row in "abc" for column in "123")  # rows from the top, columns from the left
 ANGLES = (30, 60, 90, 120)
 MAX_BAR = 6
 IMAGE_SIZE = 84  # pixels; with patches of 14 merged 2×2, one visual token is one cell of the 3×3 grid
+WORLD_VERSION = 1  # raised with every change of the samples, so that shards of an older world are not taken for these
 SYSTEM_PROMPT = "You are a helpful assistant. Think first, then give the answer."
 
 
@@ -51,14 +53,9 @@ class Grid:
             )
         )
 
-    def matching(self, word: str) -> list[str]:
-        """The cells whose colour or shape is `word`, in reading order."""
-        return [cell for cell in self.cells if word in cell.split()]
-
     def describe(self) -> str:
         """What a careful reader of the picture would write."""
-        rows = (", ".join(self.cells[3 * r : 3 * r + 3]) for r in range(3))
-        return " ".join(f"row {r}: {row}." for r, row in enumerate(rows, start=1))
+        return ", ".join(f"{name} {cell}" for name, cell in zip(CELL_NAMES, self.cells)) + "."
 
     def draw(self, rng: random.Random) -> Image.Image:
         """Paint the grid; position within a cell and size vary a little."""
@@ -177,36 +174,34 @@ def sample_problem(task: Task, rng: random.Random) -> Problem:
 
 
 def _locate(grid: Grid, rng: random.Random) -> Problem:
-    index = rng.randrange(9)
-    place, answer = f"row {index // 3 + 1}, column {index % 3 + 1}", grid.cells[index]
+    name, answer = rng.choice(list(zip(CELL_NAMES, grid.cells)))
     everything = ["empty"] + [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
     wrong = tuple(item for item in everything if item != answer)
-    look = f"{place}: {answer}."
-    return Problem("locate", grid, f"What is in {place}?", place, answer, wrong, look)
-
-
-def _tally(grid: Grid, word: str) -> str:
-    found = grid.matching(word)
-    return f"{word}: {', '.join(found) or 'none'}. That makes {len(found)}."
+    return Problem("locate", grid, f"What is in {name}?", name, answer, wrong, f"{name} {answer}.")
 
 
 def _count(grid: Grid, rng: random.Random) -> Problem:
     word = rng.choice([*COLOURS, *SHAPES])
-    number = len(grid.matching(word))
+    number, steps = 0, []
+    for name, cell in zip(CELL_NAMES, grid.cells):
+        match = word in cell.split()
+        number += match
+        steps.append(f"{name} {'yes' if match else 'no'} {number}")
     wrong = tuple(str(n) for n in range(max(0, number - 2), number + 3) if n != number)
     topic = f"{word} things"
-    return Problem("count", grid, f"How many {topic} are there?", topic, str(number), wrong, _tally(grid, word))
+    look = f"{word}: {', '.join(steps)}."
+    return Problem("count", grid, f"How many {topic} are there?", topic, str(number), wrong, look)
 
 
 def _compare(grid: Grid, rng: random.Random) -> Problem:
-    first, second = rng.sample(SHAPES, 2)
-    a, b = len(grid.matching(first)), len(grid.matching(second))
-    answer = "yes" if a > b else "no"
-    verdict = f"{a} is more than {b}." if a > b else f"{a} is not more than {b}."
-    look = f"{_tally(grid, first)} {_tally(grid, second)} {verdict}"
-    topic = f"{first} things against {second} things"
-    question = f"Are there more {first} things than {second} things?"
-    return Problem("compare", grid, question, topic, answer, ("no" if a > b else "yes",), look)
+    aspect = rng.choice(("colour", "shape"))
+    (first, a), (second, b) = sorted(rng.sample(list(zip(CELL_NAMES, grid.cells)), 2))
+    same = a.split()[0 if aspect == "colour" else -1] == b.split()[0 if aspect == "colour" else -1]
+    answer = "yes" if same else "no"
+    topic = f"the {aspect} of {first} and {second}"
+    question = f"Have {first} and {second} the same {aspect}?"
+    look = f"{first} {a}, {second} {b}: {answer}."
+    return Problem("compare", grid, question, topic, answer, ("no" if same else "yes",), look)
 
 
 def _chart(chart: Chart, rng: random.Random) -> Problem:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from avar_lightning.data.datamodule import ShardDataModule
-from avar_lightning.data.demo import Stage, Style, demo_samples, pretraining_samples
+from avar_lightning.data.demo import WORLD_VERSION, Stage, Style, demo_samples, pretraining_samples
 from avar_lightning.data.sample import Sample
 from avar_lightning.data.shards import MANIFEST, write_shards
 
@@ -45,7 +45,7 @@ class DemoDataModule(ShardDataModule):
         cache_encoded: bool = True,
         **kwargs: Any,
     ) -> None:
-        root = Path(folder)
+        root = Path(folder) / f"world-{WORLD_VERSION}"
         self.num_train, self.num_val, self.world_seed, self.style = num_train, num_val, world_seed, style
         self.train_hint_rate, self.val_hint_rate = train_hint_rate, val_hint_rate
         self.train_folder = root / f"train-{style}-{num_train}-notes-{train_hint_rate}-seed-{world_seed}"

@@ -76,12 +76,14 @@ def solve(scene, question):
             return max(heights, key=heights.__getitem__)
         high, low = [word for word in words if word in heights]
         return str(heights[high] - heights[low])
-    if "row" in words:
-        return scene.cells[3 * (int(words[words.index("row") + 1]) - 1) + int(words[words.index("column") + 1]) - 1]
-    count = lambda word: " ".join(scene.cells).split().count(word)  # noqa: E731
-    if "more" in words:
-        return "yes" if count(words[words.index("more") + 1]) > count(words[words.index("than") + 1]) else "no"
-    return str(count(words[words.index("many") + 1]))
+    cells = dict(zip(["a1", "a2", "a3", "b1", "b2", "b3", "c1", "c2", "c3"], scene.cells))
+    if "same" in words:
+        first, second = (cells[word].split() for word in words if word in cells)
+        part = 0 if words[-1] == "colour" else -1
+        return "yes" if first[part] == second[part] else "no"
+    if "in" in words:
+        return cells[words[-1]]
+    return str(" ".join(scene.cells).split().count(words[words.index("many") + 1]))
 
 
 @pytest.mark.parametrize("task", TASKS)
