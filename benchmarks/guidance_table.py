@@ -22,6 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from avar_lightning.data import DemoDataModule
 from avar_lightning.report import plot_results, results_table
 
 ROOT = Path(__file__).parents[1]
@@ -78,7 +79,7 @@ def run(arm: str, seed: int, folder: Path, steps: int, threads: int, extra: list
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=300, help="training steps of a run")
+    parser.add_argument("--steps", type=int, default=200, help="training steps of a run")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time; they share the cores")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "guidance_table", help="where the runs go")
@@ -86,6 +87,7 @@ def main() -> None:
     parser.add_argument("extra", nargs="*", help="further overrides for every run, after --")
     options = parser.parse_args()
 
+    DemoDataModule().prepare_data()  # once, before the runs would race for it
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     jobs = [(arm, seed) for seed in options.seeds for arm in options.arms]
     with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(jobs), desc="runs") as bar:
