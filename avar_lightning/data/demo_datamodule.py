@@ -40,7 +40,7 @@ class DemoDataModule(ShardDataModule):
         val_hint_rate: float = 0.25,
         world_seed: int = 0,
         processor: Any = "demo",
-        batch_size: int = 16,
+        batch_size: int = 8,
         val_batch_size: int = 100,
         cache_encoded: bool = True,
         **kwargs: Any,
