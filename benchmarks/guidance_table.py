@@ -39,11 +39,8 @@ METRICS = {
 }
 
 
-def run(arm: str, seed: int, folder: Path, steps: int, threads: int, extra: list[str]) -> dict[str, dict[str, float]]:
-    """Train one arm with one seed unless it is done; returns its summary."""
-    form, queries = ARMS[arm]
-    name = arm.replace(", Q = ", "_").replace("∪", "")
-    # A changed recipe, world, base or option must not be served from an older run.
+def run_folder(arm: str, seed: int, folder: Path, steps: int, extra: list[str]) -> Path:
+    """Where the run of one arm with one seed lies; a changed recipe, world, base or option has another folder."""
     sources = (
         "configs/avar_sft.yaml",
         "avar_lightning/data/demo.py",
@@ -51,10 +48,16 @@ def run(arm: str, seed: int, folder: Path, steps: int, threads: int, extra: list
     )
     recipe = hashlib.sha256(b"".join((ROOT / source).read_bytes() for source in sources))
     recipe.update(repr((steps, extra)).encode())
-    version = f"seed_{seed}_{recipe.hexdigest()[:8]}"
-    summary = folder / name / version / "summary.json"
-    if not summary.is_file():
-        log = folder / f"{name}_seed_{seed}.log"
+    name = arm.replace(", Q = ", "_").replace("∪", "")
+    return folder / name / f"seed_{seed}_{recipe.hexdigest()[:8]}"
+
+
+def train(arm: str, seed: int, folder: Path, steps: int, extra: list[str], *, threads: int) -> None:
+    """Train one arm with one seed unless it is done."""
+    form, queries = ARMS[arm]
+    place = run_folder(arm, seed, folder, steps, extra)
+    if not (place / "summary.json").is_file():
+        log = folder / f"{place.parent.name}_seed_{seed}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         command = [
             *(sys.executable, "train.py", "fit", "--config", "configs/avar_sft.yaml", f"--seed_everything={seed}"),
@@ -62,8 +65,8 @@ def run(arm: str, seed: int, folder: Path, steps: int, threads: int, extra: list
             f"--model.init_args.guidance.form={form}",
             f"--model.init_args.guidance.queries=[{','.join(QUERY_SETS[queries])}]",
             f"--trainer.logger.init_args.save_dir={folder}",
-            f"--trainer.logger.init_args.name={name}",
-            f"--trainer.logger.init_args.version={version}",
+            f"--trainer.logger.init_args.name={place.parent.name}",
+            f"--trainer.logger.init_args.version={place.name}",
             f"--trainer.max_steps={steps}",
             f"--trainer.val_check_interval={steps}",
             *extra,
@@ -73,7 +76,6 @@ def run(arm: str, seed: int, folder: Path, steps: int, threads: int, extra: list
             done = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment)
         if done.returncode:
             raise RuntimeError(f"The run {arm!r} with seed {seed} ended with status {done.returncode}; read {log}.")
-    return json.loads(summary.read_text())
 
 
 def main() -> None:
@@ -84,26 +86,34 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "guidance_table", help="where the runs go")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results", help="where table and picture go")
+    parser.add_argument("--collect", action="store_true", help="train nothing; tabulate the runs that are finished")
     parser.add_argument("extra", nargs="*", help="further overrides for every run, after --")
     options = parser.parse_args()
 
-    DemoDataModule().prepare_data()  # once, before the runs would race for it
-    threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    settings = (options.folder.resolve(), options.steps, options.extra)
     jobs = [(arm, seed) for seed in options.seeds for arm in options.arms]
-    with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(jobs), desc="runs") as bar:
+    if not options.collect:
+        DemoDataModule().prepare_data()  # once, before the runs would race for it
+        threads = max(1, (os.cpu_count() or 1) // options.jobs)
+        with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(jobs), desc="runs") as bar:
 
-        def one(job: tuple[str, int]) -> dict[str, dict[str, float]]:
-            summary = run(*job, options.folder.resolve(), options.steps, threads, options.extra)
-            bar.update()
-            return summary
+            def one(job: tuple[str, int]) -> None:
+                train(*job, *settings, threads=threads)
+                bar.update()
 
-        summaries = dict(zip(jobs, pool.map(one, jobs)))
+            list(pool.map(one, jobs))
 
-    before = {key: [summaries[jobs[0]]["before"][metric]] for key, metric in METRICS.items()}
-    rows: list[dict] = [{"name": "base, before training", "reference": True} | before]
+    paths = {job: run_folder(*job, *settings) / "summary.json" for job in jobs}
+    done = {job: json.loads(path.read_text()) for job, path in paths.items() if path.is_file()}
+    if not done:
+        raise SystemExit(f"error: no finished run of this recipe in {options.folder}; call without --collect.")
+    before = next(iter(done.values()))["before"]
+    rows: list[dict] = [{"name": "base, before training", "reference": True}]
+    rows[0] |= {key: [before[metric]] for key, metric in METRICS.items()}
     for arm in options.arms:
-        after = [summaries[arm, seed]["after"] for seed in options.seeds]
-        rows.append({"name": arm} | {key: [run[metric] for run in after] for key, metric in METRICS.items()})
+        after = [done[arm, seed]["after"] for seed in options.seeds if (arm, seed) in done]
+        if after:
+            rows.append({"name": arm} | {key: [run[metric] for run in after] for key, metric in METRICS.items()})
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "guidance.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     seeds = ", ".join(map(str, options.seeds))
@@ -111,8 +121,8 @@ def main() -> None:
         f"{platform.machine()} CPU, torch {metadata.version('torch')}, transformers {metadata.version('transformers')}"
     )
     heading = (
-        "Accuracy of generated answers; VAS (ratio of mean masses) and image share of the reference responses' tokens. "
-        f"{options.steps} steps; mean ± sd over seeds {seeds}; {environment}; {date.today()}; `make table`."
+        "Accuracy of generated answers; VAS (ratio of mean masses) and image share on tokens of reference responses. "
+        f"{options.steps} steps; mean ± sd over the first of seeds {seeds}; {environment}; {date.today()}; `make table`."
     )
     (options.output / "guidance.md").write_text(f"{results_table(rows)}\n\n{heading}\n")
     plot_results(rows).savefig(options.output / "guidance.png", dpi=150)
