@@ -121,8 +121,9 @@ def main() -> None:
         f"{platform.machine()} CPU, torch {metadata.version('torch')}, transformers {metadata.version('transformers')}"
     )
     heading = (
-        "Accuracy of generated answers; VAS (ratio of mean masses) and image share on tokens of reference responses. "
-        f"{options.steps} steps; mean ± sd over the first of seeds {seeds}; {environment}; {date.today()}; `make table`."
+        "Accuracy of generated answers; VAS (ratio of mean masses) and image share of tokens of reference responses; "
+        f"{options.steps} steps; mean ± sd over the first of seeds {seeds}; {environment}; {date.today()}; "
+        "`make table`."
     )
     (options.output / "guidance.md").write_text(f"{results_table(rows)}\n\n{heading}\n")
     plot_results(rows).savefig(options.output / "guidance.png", dpi=150)
