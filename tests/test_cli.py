@@ -145,7 +145,15 @@ def test_missing_shards_are_named(tmp_path, capsys):
         *("--data=avar_lightning.data.ShardDataModule", f"--data.init_args.train={tmp_path}/none-{{0..3}}.tar"),
         *("--data.init_args.num_workers=0", "--data.init_args.batch_size=8"),
     ]
-    args = ["fit", "--config", BASE, *BLANK_DEMO, "--trainer.accelerator=cpu", "--trainer.logger=false", *data]
+    args = [
+        "fit",
+        "--config",
+        BASE,
+        *BLANK_DEMO,
+        "--trainer.accelerator=cpu",
+        f"--trainer.default_root_dir={tmp_path}",
+        *data,
+    ]
     assert "none-" in refused(capsys, args, 1)
 
 
