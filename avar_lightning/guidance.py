@@ -89,10 +89,10 @@ def guide(record: AttentionRecord, config: GuidanceConfig) -> GuidanceOutput:
     """
     image, system = record.mass_of(Role.IMAGE), record.mass_of(Role.SYSTEM)
     query_mask = record.query_mask(*config.query_roles)
+    num_image, num_system = ((record.role_ids == role).sum(dim=1) for role in (Role.IMAGE, Role.SYSTEM))
     logs: dict[str, Tensor] = {}
     if config.form == "published":
-        counts = [(record.role_ids == role).sum(dim=1) for role in (Role.IMAGE, Role.SYSTEM)]
-        enhance, suppress = attention_guidance_loss(image, system, query_mask, *counts, eps=config.eps)
+        enhance, suppress = attention_guidance_loss(image, system, query_mask, num_image, num_system, eps=config.eps)
         logs |= {"loss_enhance_img": enhance, "loss_suppress_sys": suppress}
         loss = config.alpha * enhance + config.beta * suppress
     else:
@@ -101,7 +101,7 @@ def guide(record: AttentionRecord, config: GuidanceConfig) -> GuidanceOutput:
         logs["loss_share"] = share_loss
         loss = config.weight * share_loss
     with torch.no_grad():
-        has_image = (record.role_ids == Role.IMAGE).any(dim=1)
+        has_image, has_system = num_image > 0, num_system > 0
         rows = (query_mask & has_image[:, None]).to(image.dtype)[None, :, None, :].expand_as(image)
         total = rows.sum().clamp(min=1)
         logs |= {
@@ -112,8 +112,7 @@ def guide(record: AttentionRecord, config: GuidanceConfig) -> GuidanceOutput:
                 image, system, query_mask, reduction="ratio_of_means"
             ).nanmean(),
         }
-        has = [(record.role_ids == role).any(dim=1) for role in (Role.IMAGE, Role.SYSTEM)]
-        has_keys = has[0] | has[1] if config.form == "published" else has[0] & has[1]
+        has_keys = has_image | has_system if config.form == "published" else has_image & has_system
         num_guided = (query_mask.any(dim=1) & has_keys).sum()
     return GuidanceOutput(loss, {name: value.detach() for name, value in logs.items()}, num_guided)
 
