@@ -57,7 +57,7 @@ class SFTModule(L.LightningModule):
     """Fine-tune a Hugging Face vision-language model on chat samples, with the attention-guided auxiliary loss.
 
     Logs `train/loss`, `train/loss_lm`, the parts of guidance and what attention did; in validation `val/loss` and, when
-    answers are generated, `val/accuracy`.
+    answers are generated, `val/accuracy`; the same under `test/` in a test.
 
     Args:
         vlm: Which model, and how to load it.
@@ -101,6 +101,10 @@ class SFTModule(L.LightningModule):
             self.model = load_model(self.vlm).train()
             # Told apart here: FSDP flattens every parameter to one dimension.
             self.vectors = {id(parameter) for parameter in self.model.parameters() if parameter.ndim < 2}
+
+    def setup(self, stage: str) -> None:
+        """Take the data's processor, whose limits on pixels are those that the exported model needs."""
+        self.processor = getattr(getattr(self.trainer, "datamodule", None), "processor", self.processor)
 
     def forward(self, batch: dict[str, Any]) -> Any:
         """The model's own output for a collated batch, LM loss included where it has labels."""
@@ -152,10 +156,11 @@ class SFTModule(L.LightningModule):
         num_labels = (batch["labels"][:, 1:] != -100).sum()
         if num_labels:  # a batch of prompts without reference responses has no loss
             self.validation_loss.update(loss, weight=num_labels)
-        self.log("val/loss", self.validation_loss, batch_size=size)
+        stage = "test" if self.trainer.testing else "val"
+        self.log(f"{stage}/loss", self.validation_loss, batch_size=size)
         if self.max_new_tokens:
             self._score(self.generate(batch), batch["columns"])
-            self.log("val/accuracy", self.accuracy, prog_bar=True, batch_size=size)
+            self.log(f"{stage}/accuracy", self.accuracy, prog_bar=True, batch_size=size)
 
     def _score(self, completions: list[str], columns: list[dict[str, Any]]) -> None:
         # A sample that only fills up another rank's last batch is scored where it belongs.

@@ -84,6 +84,8 @@ class Measurement:
         self.layers = list(layers)
         role_ids = role_ids.to(mass_LBHNG.device)
         for index, identifier in enumerate(ids):
+            if not role_ids[index].any():  # only fills up another process's batch
+                continue
             row: dict[str, Any] = {"id": identifier}
             has_image = bool((role_ids[index] == Role.IMAGE).any())
             for name in self.queries:

@@ -261,3 +261,11 @@ def test_weight_decay_spares_vectors(make_data):
     assert {p.ndim for p in spared["params"]} == {1}
     assert min(p.ndim for p in decayed["params"]) == 2
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.01, 0.0)
+
+
+def test_a_test_logs_under_its_own_name_with_the_data_modules_processor(make_data):
+    module, data = make_module(max_new_tokens=1), make_data()
+    trainer = L.Trainer(**QUIET)
+    trainer.test(module, data, verbose=False)
+    assert {"test/loss", "test/accuracy"} <= trainer.callback_metrics.keys()
+    assert module.processor is data.processor  # exported with the model, its limits on pixels included

@@ -94,11 +94,7 @@ class AttentionRecord:
 
     def stacked(self) -> Tensor:
         """Masses of all recorded layers: (L, B, H, N, G)."""
-        mass = self.mass
-        if not mass:
-            raise RuntimeError("nothing was recorded: run the model's forward inside `observe_attention`.")
-        device = mass[self.layers[0]].device
-        return torch.stack([mass[layer].to(device) for layer in self.layers])
+        return self._stack(self.mass)
 
     def mass_of(self, key: int) -> Tensor:
         """Masses on one key role: (L, B, H, N).
@@ -108,7 +104,7 @@ class AttentionRecord:
         """
         if key not in self.keys:
             raise ValueError(f"role {key!r} was not observed; add it to `keys` (observed: {list(self.keys)}).")
-        return self.stacked()[..., self.keys.index(key)]
+        return self._stack({layer: mass[..., self.keys.index(key)] for layer, mass in self.mass.items()})
 
     def query_mask(self, *roles: int) -> Tensor:
         """Bool (B, N): rows of the given roles, by default all recorded ones.
@@ -131,6 +127,12 @@ class AttentionRecord:
     def _image_system_queries(self) -> tuple[Tensor, Tensor, Tensor]:
         image, system = self.mass_of(Role.IMAGE), self.mass_of(Role.SYSTEM)
         return image, system, self.query_mask().to(image.device)
+
+    def _stack(self, by_layer: dict[int, Tensor]) -> Tensor:
+        if not by_layer:
+            raise RuntimeError("nothing was recorded: run the model's forward inside `observe_attention`.")
+        device = by_layer[self.layers[0]].device
+        return torch.stack([by_layer[layer].to(device) for layer in self.layers])
 
     def _cut(self, length: int) -> None:
         """Forget the rows from position `length` on."""

@@ -45,8 +45,9 @@ class Encoded:
         return self.tensors["input_ids"].shape[1]
 
     def marked_repeated(self) -> "Encoded":
-        """The same sample with ``"repeated": True`` in its columns."""
-        return replace(self, columns={**self.columns, "repeated": True})
+        """The same sample as mere filling: ``"repeated": True`` in its columns, no loss and no role that counts."""
+        nothing = {name: torch.full_like(self.tensors[name], value) for name, value in _PADDING.items()}
+        return replace(self, tensors={**self.tensors, **nothing}, columns={**self.columns, "repeated": True})
 
 
 class SampleEncoder:

@@ -73,15 +73,22 @@ class ShardDataModule(L.LightningDataModule):
         cache_encoded: bool = False,
     ) -> None:
         super().__init__()
-        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
-            if value < least:
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("val_batch_size", val_batch_size, 1),
+            ("num_workers", num_workers, 0),
+            ("max_length", max_length, 1),
+            ("shuffle_buffer", shuffle_buffer, 0),
+            ("length_group_buffer", length_group_buffer, 0),
+        ):
+            if value is not None and value < least:
                 raise ValueError(f"{name} is {value}; expected at least {least}")
         if not 0 <= max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction is {max_bad_fraction}; expected a share in [0, 1]")
         self.specs = {"train": train, "val": val, "test": test, "predict": predict}
         self.processor_source = processor
         self.batch_size = batch_size
-        self.val_batch_size = val_batch_size or batch_size
+        self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
         self.num_workers = num_workers
         self.max_length = max_length
         self.shuffle_buffer = shuffle_buffer

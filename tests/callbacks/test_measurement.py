@@ -56,6 +56,12 @@ def test_processes_that_share_the_batches_measure_what_one_does(split: tuple[lis
         np.testing.assert_allclose(one["attention_shares"]["image"], two["attention_shares"]["image"], rtol=1e-12)
 
 
+def test_a_sample_that_only_fills_up_a_batch_counts_nowhere() -> None:
+    result = Measurement(("user",))
+    result.update(masses(0), ROLES * torch.tensor([[1], [0]]), ["a", "b"], layers=[0, 3])
+    assert [row["id"] for row in result.rows] == ["a"]
+
+
 def test_nothing_measured_reports_nothing() -> None:
     report = merge([Measurement(("user",)), Measurement(("user",))]).report("user")
     assert math.isnan(report["median"])

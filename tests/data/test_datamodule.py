@@ -130,6 +130,8 @@ def test_missing_shards_name_the_setting(processor: ProcessorMixin, stage: str):
     ("options", "says"),
     [
         ({"batch_size": 0}, "batch_size is 0; expected at least 1"),
+        ({"val_batch_size": 0}, "val_batch_size is 0; expected at least 1"),
+        ({"shuffle_buffer": -1}, "shuffle_buffer is -1; expected at least 0"),
         ({"num_workers": -1}, "num_workers is -1; expected at least 0"),
         ({"max_bad_fraction": 2.0}, r"max_bad_fraction is 2.0; expected a share in \[0, 1\]"),
     ],

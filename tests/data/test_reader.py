@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from transformers import ProcessorMixin
 
-from avar_lightning.data.collate import Collator, SampleEncoder
+from avar_lightning.data.collate import IGNORE, Collator, SampleEncoder
 from avar_lightning.data.loader import ShardLoader, TooManyBadSamples
 from avar_lightning.data.reader import ShardReader
 from avar_lightning.data.shards import MANIFEST, Shard, find_shards
@@ -105,7 +105,11 @@ def test_ranks_evaluate_each_sample_once_and_mark_what_fills_up(shards: Callable
     for rank in range(2):
         batches = list(build(folder, train=False, rank=rank, world_size=2, batch_size=4))
         assert len(batches) == 2  # the first rank owns four samples, and makes a second batch of a fifth
-        columns += [column for batch in batches for column in batch["columns"]]
+        for batch in batches:
+            columns += batch["columns"]
+            counts = [not column.get("repeated") for column in batch["columns"]]
+            assert (batch["labels"] != IGNORE).any(1).tolist() == counts  # what fills up has no loss
+            assert batch["role_ids"].bool().any(1).tolist() == counts  # and no score
     assert sorted(c["index"] for c in columns if "repeated" not in c) == list(range(9))
     assert [c["index"] for c in columns if c.get("repeated")] == [4]
 
