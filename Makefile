@@ -26,6 +26,7 @@ lint: $(READY)
 
 bench: $(READY)
 	$(PYTHON) benchmarks/attention_memory.py
+	$(PYTHON) benchmarks/steering_overhead.py
 
 # The measured table of the README: every guidance form and query set, several seeds (about two hours on 2 cores).
 table: $(READY)

@@ -1,6 +1,6 @@
 """Measure, raise and steer the visual attention of vision-language models, as PyTorch Lightning modules."""
 
-from avar_lightning.attention import observe_attention
+from avar_lightning.attention import observe_attention, steer_attention
 from avar_lightning.data import ShardDataModule
 from avar_lightning.losses import attention_guidance_loss, attention_share_loss
 from avar_lightning.model import load_model
@@ -17,6 +17,7 @@ __all__ = [
     "attention_share_loss",
     "load_model",
     "observe_attention",
+    "steer_attention",
     "tag_roles",
     "visual_attention_score",
 ]

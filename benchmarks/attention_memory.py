@@ -180,6 +180,17 @@ def cpu_name() -> str:
     return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.machine())
 
 
+def about(args: argparse.Namespace) -> dict[str, Any]:
+    """Device, versions and date."""
+    return {
+        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else cpu_name(),
+        "threads": args.threads,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": date.today().isoformat(),
+    }
+
+
 def rounded(value: float) -> float:
     """Three significant digits."""
     return float(f"{value:.3g}")
@@ -187,13 +198,7 @@ def rounded(value: float) -> float:
 
 def write(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     """The CSV, and the table for reading."""
-    environment = {
-        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else cpu_name(),
-        "threads": args.threads,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": date.today().isoformat(),
-    }
+    environment = about(args)
     shape = {name: getattr(args, name) for name in ("dtype", "layers", "heads", "key_heads", "head_dim", "repeats")}
     path = args.output / f"attention_memory_{args.device.split(':')[0]}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -205,13 +210,13 @@ def write(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     print(f"wrote {path} and {path.with_suffix('.md').name}")
 
 
-def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
+def table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
     """Markdown: memory and time of each length, and how far eager is above observing."""
     peak = {(row["length"], row["implementation"]): row["peak_mib"] for row in rows}
     lines = [
         "# Attention masses: peak memory and time of forward + backward",
         "",
-        ", ".join(f"{name} {value}" for name, value in about.items()) + ".",
+        ", ".join(f"{name} {value}" for name, value in settings.items()) + ".",
         "Peaks are above the model itself; times are ratios to plain SDPA of the same round, p50 (p20 to p80).",
         "",
         "| tokens | sdpa MiB | observed MiB | eager MiB | eager / observed | observed time | eager time |",

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
 from avar_lightning.attention.visibility import Visibility, is_hidden
 
@@ -29,6 +30,13 @@ BLOCK_BYTES = 128 * 2**20
 """The same on accelerators, where launching kernels for small blocks would cost more than the work."""
 
 
+class Change(Protocol):
+    """A change of logits, as steering makes it."""
+
+    def __call__(self, logits_BHQK: Tensor, start: int, stop: int) -> Tensor | None:
+        """Change the scaled logits of rows `start:stop` in place; return d new / d old, None for 1."""
+
+
 def attention_mass(
     q_BHQD: Tensor,
     k_BMKD: Tensor,
@@ -37,6 +45,7 @@ def attention_mass(
     visible: Visibility,
     scale: float | None = None,
     softcap: float | None = None,
+    change: Change | None = None,
 ) -> Tensor:
     """Attention probability that each query row gives to each group of keys.
 
@@ -50,6 +59,7 @@ def attention_mass(
         visible: Which keys each row sees. A row that sees none has mass 0.
         scale: Factor of the logits, D^-0.5 by default.
         softcap: Logits become softcap · tanh(logits / softcap), as in Gemma 2.
+        change: A further change of the logits, before the mask.
 
     Returns:
         (B, H, Q, G), float32 (float64 for float64 queries), in [0, 1].
@@ -71,7 +81,7 @@ def attention_mass(
     if groups_BKG.shape[:2] != (batch, num_keys):
         raise ValueError(f"groups_BKG has shape {tuple(groups_BKG.shape)}, expected ({batch}, {num_keys}, groups).")
     scale = head_dim**-0.5 if scale is None else scale
-    mass: Tensor = _AttentionMass.apply(q_BHQD, k_BMKD, groups_BKG, visible, scale, softcap)
+    mass: Tensor = _AttentionMass.apply(q_BHQD, k_BMKD, groups_BKG, visible, scale, softcap, change)
     return mass
 
 
@@ -84,6 +94,7 @@ def attention_received(
     visible: Visibility,
     scale: float | None = None,
     softcap: float | None = None,
+    change: Change | None = None,
 ) -> Tensor:
     """Weighted sum over query rows of the probability that each key receives; no gradient.
 
@@ -96,6 +107,7 @@ def attention_received(
         visible: Which keys each row sees.
         scale: Factor of the logits, D^-0.5 by default.
         softcap: As in `attention_mass`.
+        change: As in `attention_mass`.
 
     Returns:
         (B, H, K), float32 (float64 for float64 queries).
@@ -103,12 +115,52 @@ def attention_received(
     scale = q_BHQD.shape[-1] ** -0.5 if scale is None else scale
     received_BHK = q_BHQD.new_zeros(*q_BHQD.shape[:2], k_BMKD.shape[2], dtype=_compute_dtype(q_BHQD))
     with torch.autocast(q_BHQD.device.type, enabled=False):
-        for block in _blocks(q_BHQD, k_BMKD, visible, scale, softcap):
+        for block in _blocks(q_BHQD, k_BMKD, visible, scale, softcap, change):
             logits_BHQK, _ = block.logits()
             _softmax_(logits_BHQK)
             weights_B1Q = weights_BQ[:, None, None, block.start : block.stop].to(received_BHK.dtype)
             received_BHK[:, :, : block.num_keys] += (weights_B1Q @ logits_BHQK).squeeze(2)
     return received_BHK
+
+
+def attention_of_rows(
+    q_BHQD: Tensor,
+    k_BMKD: Tensor,
+    v_BMKD: Tensor,
+    *,
+    visible: Visibility,
+    change: Change | None,
+    scale: float | None = None,
+    with_probabilities: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention itself, for changes of the logits that no kernel makes; memory is one block of rows.
+
+    Args:
+        q_BHQD: Queries, as in `attention_mass`.
+        k_BMKD: Keys.
+        v_BMKD: Values.
+        visible: Which keys each row sees. A row that sees none gives 0.
+        change: Change of the logits.
+        scale: Factor of the logits, D^-0.5 by default.
+        with_probabilities: Also return the probabilities, which are N×N.
+
+    Returns:
+        Output (B, H, Q, D of the values) and probabilities (B, H, Q, K) or None, in the dtype of the queries.
+    """
+    scale = q_BHQD.shape[-1] ** -0.5 if scale is None else scale
+    outputs, everything = [], []
+    with torch.autocast(q_BHQD.device.type, enabled=False):
+        values = v_BMKD.to(_compute_dtype(q_BHQD))
+        for block in _blocks(q_BHQD, k_BMKD, visible, scale, None, change):
+            logits_BHQK, _ = block.logits()
+            hidden = logits_BHQK.isneginf()
+            # The lowest number and not -inf, so that a row without keys has a gradient, of zero.
+            lowest = torch.finfo(logits_BHQK.dtype).min
+            probs_BHQK = logits_BHQK.masked_fill(hidden, lowest).softmax(-1).masked_fill(hidden, 0.0)
+            outputs.append(block.apply(probs_BHQK, values).to(q_BHQD.dtype))
+            if with_probabilities:
+                everything.append(pad(probs_BHQK, (0, k_BMKD.shape[2] - block.num_keys)).to(q_BHQD.dtype))
+    return torch.cat(outputs, dim=2), torch.cat(everything, dim=2) if with_probabilities else None
 
 
 class _AttentionMass(torch.autograd.Function):
@@ -121,19 +173,20 @@ class _AttentionMass(torch.autograd.Function):
         visible: Visibility,
         scale: float,
         softcap: float | None,
+        change: Change | None,
     ) -> Tensor:
         dtype = _compute_dtype(q_BHQD)
         mass_BHQG = q_BHQD.new_empty(*q_BHQD.shape[:3], groups_BKG.shape[2], dtype=dtype)
         lse_BHQ = q_BHQD.new_empty(q_BHQD.shape[:3], dtype=dtype)
         indicator_B1KG = groups_BKG[:, None].to(dtype)
         with torch.autocast(q_BHQD.device.type, enabled=False):
-            for block in _blocks(q_BHQD, k_BMKD, visible, scale, softcap):
+            for block in _blocks(q_BHQD, k_BMKD, visible, scale, softcap, change):
                 logits_BHQK, _ = block.logits()
                 rows = slice(block.start, block.stop)
                 lse_BHQ[:, :, rows] = _softmax_(logits_BHQK)
                 mass_BHQG[:, :, rows] = logits_BHQK @ indicator_B1KG[:, :, : block.num_keys]
         ctx.save_for_backward(q_BHQD, k_BMKD, groups_BKG, lse_BHQ, mass_BHQG)
-        ctx.visible, ctx.scale, ctx.softcap = visible, scale, softcap
+        ctx.visible, ctx.scale, ctx.softcap, ctx.change = visible, scale, softcap, change
         return mass_BHQG
 
     @staticmethod
@@ -147,7 +200,7 @@ class _AttentionMass(torch.autograd.Function):
         # d logits = P ∘ (d mass · indicatorᵀ − Σ_g d mass_g · mass_g), the softmax rule on a sum of columns.
         shift_BHQ1 = (grad_BHQG * mass_BHQG).sum(-1, keepdim=True)
         with torch.autocast(q_BHQD.device.type, enabled=False):
-            for block in _blocks(q_BHQD, k_BMKD, ctx.visible, ctx.scale, ctx.softcap):
+            for block in _blocks(q_BHQD, k_BMKD, ctx.visible, ctx.scale, ctx.softcap, ctx.change):
                 rows = slice(block.start, block.stop)
                 probs_BHQK, slope_BHQK = block.logits(with_slope=True)
                 probs_BHQK.sub_(lse_BHQ[:, :, rows, None]).exp_()
@@ -157,7 +210,7 @@ class _AttentionMass(torch.autograd.Function):
                     dlogits_BHQK.mul_(slope_BHQK)
                 dq_BHQD[:, :, rows] = block.grad_queries(dlogits_BHQK)
                 dk_BMKD[:, :, : block.num_keys] += block.grad_keys(dlogits_BHQK)
-        return dq_BHQD.to(q_BHQD.dtype), dk_BMKD.to(k_BMKD.dtype), None, None, None, None
+        return dq_BHQD.to(q_BHQD.dtype), dk_BMKD.to(k_BMKD.dtype), None, None, None, None, None
 
 
 class _Block:
@@ -174,30 +227,40 @@ class _Block:
         visible: Visibility,
         scale: float,
         softcap: float | None,
+        change: Change | None,
     ) -> None:
         batch, num_heads, num_rows, head_dim = q_BHQD.shape
         self.start, self.stop = start, start + num_rows
         self.num_keys = min(visible.limit(self.start, self.stop), k_BMKD.shape[2])
         self.shape = (batch, num_heads, num_rows)
-        self.visible, self.scale, self.softcap = visible, scale, softcap
+        self.visible, self.scale, self.softcap, self.change = visible, scale, softcap, change
         self.k_BMKD = k_BMKD[:, :, : self.num_keys]
         self.stacked = (batch, k_BMKD.shape[1], num_heads // k_BMKD.shape[1] * num_rows)
         self.q_BMQD = (q_BHQD.to(k_BMKD.dtype) * scale).reshape(*self.stacked, head_dim)
 
     def logits(self, *, with_slope: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Masked logits (B, H, Q, K) and, if asked for and softcap is on, the derivative of the capping."""
+        """Masked logits (B, H, Q, K) and their derivative by the plain ones, None for 1 or unasked."""
         logits_BHQK = (self.q_BMQD @ self.k_BMKD.mT).view(*self.shape, self.num_keys)
         slope_BHQK = None
         if self.softcap is not None:
             logits_BHQK.div_(self.softcap).tanh_()
             slope_BHQK = 1 - logits_BHQK.square() if with_slope else None
             logits_BHQK.mul_(self.softcap)
+        if self.change is not None:
+            changed_BHQK = self.change(logits_BHQK, self.start, self.stop)
+            if changed_BHQK is not None:
+                slope_BHQK = changed_BHQK if slope_BHQK is None else slope_BHQK.mul_(changed_BHQK)
         mask = self.visible(self.start, self.stop, self.num_keys)
         if mask is None:
             return logits_BHQK, slope_BHQK
         if mask.dtype == torch.bool:
             return logits_BHQK.masked_fill_(~mask, -math.inf), slope_BHQK
         return logits_BHQK.add_(mask).masked_fill_(is_hidden(mask), -math.inf), slope_BHQK
+
+    def apply(self, probs_BHQK: Tensor, v_BMKD: Tensor) -> Tensor:
+        """Values weighted by probabilities, (B, H, Q, D of the values)."""
+        stacked_BMQK = probs_BHQK.reshape(*self.stacked, self.num_keys)
+        return (stacked_BMQK @ v_BMKD[:, :, : self.num_keys]).view(*self.shape, -1)
 
     def grad_queries(self, dlogits_BHQK: Tensor) -> Tensor:
         """Gradient of the block's queries (B, H, Q, D)."""
@@ -210,7 +273,12 @@ class _Block:
 
 
 def _blocks(
-    q_BHQD: Tensor, k_BMKD: Tensor, visible: Visibility, scale: float, softcap: float | None
+    q_BHQD: Tensor,
+    k_BMKD: Tensor,
+    visible: Visibility,
+    scale: float,
+    softcap: float | None,
+    change: Change | None,
 ) -> Iterator[_Block]:
     batch, num_heads, num_rows, _ = q_BHQD.shape
     k_BMKD = k_BMKD.to(_compute_dtype(q_BHQD))
@@ -218,7 +286,7 @@ def _blocks(
     block_bytes = CPU_BLOCK_BYTES if q_BHQD.device.type == "cpu" else BLOCK_BYTES
     step = max(1, block_bytes // max(1, row_bytes))
     for start in range(0, num_rows, step):
-        yield _Block(start, q_BHQD[:, :, start : start + step], k_BMKD, visible, scale, softcap)
+        yield _Block(start, q_BHQD[:, :, start : start + step], k_BMKD, visible, scale, softcap, change)
 
 
 def _softmax_(logits_BHQK: Tensor) -> Tensor:

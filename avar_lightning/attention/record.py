@@ -5,12 +5,11 @@ Shape letters: L layers, B batch, H query heads, N rows (and keys) seen so far, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from avar_lightning.attention.tracking import mask_of
 from avar_lightning.roles import Role
 from avar_lightning.vas import vas_map, visual_attention_score
 
@@ -162,8 +161,3 @@ class ForwardMasses:
         self.num_queries = num_queries
         self.mass: dict[int, Tensor] = {}
         self.received: dict[int, Tensor] | None = {} if received else None
-
-
-def mask_of(role_ids: Tensor, roles: Sequence[int]) -> Tensor:
-    """True where the role is one of `roles`."""
-    return torch.isin(role_ids, torch.tensor([int(role) for role in roles], device=role_ids.device))

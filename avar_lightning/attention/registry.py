@@ -1,11 +1,10 @@
 """The one registration with transformers: a wrapper around the attention function that a model uses already.
 
-Each base implementation (eager, sdpa, flash, flex, custom) gets a wrapper in transformers' attention
-registry, under its own name with a prefix, and the text decoder's config is pointed at it. The wrapper calls
-the base and does nothing else unless the forward carries observers in its keyword arguments. It stays in the
-config when an observing context is left, because gradient checkpointing runs layers again in backward,
-usually later; without observers it computes what the base does, bit for bit. A saved config does not name the
-implementation, so it carries no trace.
+Each base implementation (eager, sdpa, flash, flex, custom) gets a wrapper in transformers' attention registry, under
+its own name with a prefix, and the text decoder's config is pointed at it. The wrapper calls the base and does nothing
+else unless the forward carries observers or steering in its keyword arguments. It stays in the config when a context is
+left, because gradient checkpointing runs layers again in backward, usually later; without observers and steering it
+computes what the base does, bit for bit. A saved config does not name the implementation, so it carries no trace.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -20,9 +20,16 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from avar_lightning.attention.mass import Change
+from avar_lightning.attention.visibility import QueryRows
+
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
 PREFIX = "avar_"
 OBSERVERS = "avar_observers"
 """Keyword argument of the decoder's forward that carries observers to its attention layers."""
+STEERINGS = "avar_steerings"
+"""The same for steering."""
 
 UNSUPPORTED = {
     "s_aux": "attention sinks",
@@ -45,6 +52,21 @@ class LayerObserver(Protocol):
         """Look at one call."""
 
 
+class LayerSteering(Protocol):
+    """What travels in `STEERINGS`: asked by every attention layer, and runs the base function itself."""
+
+    def wants(self, module: nn.Module) -> bool:
+        """Whether to steer this layer."""
+
+    def change_of(self, call: AttentionCall, rows: QueryRows) -> Change | None:
+        """What it does to the logits of the given rows."""
+
+    def attend(
+        self, call: AttentionCall, value: Tensor, base: AttentionFunction, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The steered result of `base(query, key, value, **kwargs)`."""
+
+
 class AttentionCall:
     """One call of an attention function, read the way its base implementation reads it.
 
@@ -55,19 +77,31 @@ class AttentionCall:
         mask: 4-D mask, 2-D padding, block mask or None.
         is_causal: Whether a missing or 2-D mask means causal.
         is_flash: Whether the base is a FlashAttention.
+        is_eager: Whether the base is the modeling file's own eager function.
         window: Sliding window in keys where the base reads it from its arguments, else None.
         scale: Factor of the logits, or None for D^-0.5.
         softcap: Cap of the logits, or None.
+        steering: What steers the call, or None.
     """
 
     def __init__(
-        self, base: str, module: nn.Module, q_BHND: Tensor, k_BMKD: Tensor, mask: Any, kwargs: dict[str, Any]
+        self,
+        base: str,
+        module: nn.Module,
+        q_BHND: Tensor,
+        k_BMKD: Tensor,
+        mask: Any,
+        kwargs: dict[str, Any],
+        steering: LayerSteering | None = None,
     ) -> None:
         for name, what in UNSUPPORTED.items():
             if kwargs.get(name) is not None:
-                raise ValueError(f"attention with {what} (`{name}`) cannot be observed; choose other layers or models.")
+                raise ValueError(
+                    f"attention with {what} (`{name}`) cannot be observed or steered; choose other layers or models."
+                )
+        self.steering = steering
         self.module, self.q_BHND, self.k_BMKD, self.mask = module, q_BHND, k_BMKD, mask
-        self.is_flash = "flash" in base
+        self.is_flash, self.is_eager = "flash" in base, base == "eager"
         is_causal = kwargs.get("is_causal")
         is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         # Eager and flex attention take no hint: without a mask they see everything.
@@ -77,9 +111,18 @@ class AttentionCall:
         self.softcap: float | None = kwargs.get("softcap")
         if self.is_flash and mask is None and _is_packed(kwargs.get("position_ids")):
             raise ValueError(
-                "sequences packed into one row cannot be observed under FlashAttention; pad them, or load "
+                "sequences packed into one row cannot be observed or steered under FlashAttention; pad them, or load "
                 'the model with attn_implementation="sdpa".'
             )
+
+    def change_of(self, rows: QueryRows) -> Change | None:
+        """What steering does to the logits of the given rows."""
+        return None if self.steering is None else self.steering.change_of(self, rows)
+
+
+def is_cross_attention(module: nn.Module) -> bool:
+    """Whether a layer attends to something other than the forward's tokens, so that its keys have no roles."""
+    return "CrossAttention" in type(module).__name__
 
 
 def install(decoder: PreTrainedModel) -> None:
@@ -102,7 +145,7 @@ def install(decoder: PreTrainedModel) -> None:
     decoder.config._attn_implementation = PREFIX + base
 
 
-def _wrapper(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def _wrapper(base: str) -> AttentionFunction:
     def attention(
         module: nn.Module,
         query: Tensor,
@@ -111,14 +154,25 @@ def _wrapper(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         attention_mask: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        observers: tuple[LayerObserver, ...] = kwargs.pop(OBSERVERS, ())
-        wanting = [observer for observer in observers if observer.wants(module)]
-        if wanting:
-            call = AttentionCall(base, module, query, key, attention_mask, kwargs)
-            for observer in wanting:
-                observer.observe(call)
+        observers = [observer for observer in kwargs.pop(OBSERVERS, ()) if observer.wants(module)]
+        steerings = [steering for steering in kwargs.pop(STEERINGS, ()) if steering.wants(module)]
+        function = _base_function(module, base)
+        if len(steerings) > 1:
+            raise ValueError(
+                f"layer {module.layer_idx} is steered by {len(steerings)} contexts; give each layers of its own."
+            )
+        steering: LayerSteering | None = steerings[0] if steerings else None
+        if not observers and steering is None:
+            with _own_name(module, base):
+                return function(module, query, key, value, attention_mask, **kwargs)
+        call = AttentionCall(base, module, query, key, attention_mask, kwargs, steering)
+        for observer in observers:
+            observer.observe(call)
         with _own_name(module, base):
-            return _base_function(module, base)(module, query, key, value, attention_mask, **kwargs)
+            if steering is None:
+                return function(module, query, key, value, attention_mask, **kwargs)
+            run = partial(function, module, attention_mask=attention_mask)
+            return steering.attend(call, value, run, kwargs)
 
     return attention
 
@@ -137,17 +191,17 @@ def _own_name(module: nn.Module, base: str) -> Iterator[None]:
         config._attn_implementation = PREFIX + base
 
 
-def _base_function(module: nn.Module, base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def _base_function(module: nn.Module, base: str) -> AttentionFunction:
     if base == "eager":
         return _eager_function(module)
     # A modeling file may keep a registry of its own, with its own sdpa.
     registry = _from_modeling_file(module, "ALL_ATTENTION_FUNCTIONS") or ALL_ATTENTION_FUNCTIONS
-    function: Callable[..., tuple[Tensor, Tensor | None]] = registry[base]
+    function: AttentionFunction = registry[base]
     return function
 
 
-def _eager_function(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    function: Callable[..., tuple[Tensor, Tensor | None]] | None
+def _eager_function(module: nn.Module) -> AttentionFunction:
+    function: AttentionFunction | None
     function = _from_modeling_file(module, "eager_attention_forward")
     if function is None:
         raise ValueError(

@@ -1,104 +1,81 @@
-"""Masses in other families than Qwen: sliding and bidirectional masks, softcap, cross-attention."""
+"""Observing and steering in every family: sliding and bidirectional masks, deep stacks, softcap, cross-attention."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-import transformers as hf
-from transformers import PreTrainedModel
 
-from avar_lightning.attention import observe_attention
+from avar_lightning.attention import observe_attention, steer_attention
 from avar_lightning.attention.reference import mass_of_probabilities
+from avar_lightning.attention.steering import MODES
 from avar_lightning.roles import Role
+from tests.attention.families import FAMILIES, SOFTCAPPED, Family
+from tests.attention.oracle import Steered, expected
 
-TEXT = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
-IDS = torch.randint(3, 59, (2, 10), generator=torch.Generator().manual_seed(0))
-MASK = torch.tensor([[1] * 10, [0] * 3 + [1] * 7])
-ROLES = torch.tensor([[1] * 3 + [3] * 2 + [2] * 3 + [4] * 2, [0] * 3 + [1] + [3] + [2] * 3 + [4] * 2])
 KEYS, QUERIES = (Role.IMAGE, Role.SYSTEM), (Role.USER, Role.RESPONSE)
 
 
-def llava() -> PreTrainedModel:
-    config = hf.LlavaConfig(
-        vision_config=hf.CLIPVisionConfig(**VISION), text_config=hf.LlamaConfig(**TEXT), image_token_index=60
-    )
-    return hf.LlavaForConditionalGeneration(config)
-
-
-def gemma3() -> PreTrainedModel:
-    layers = ["sliding_attention", "full_attention"]
-    text = hf.Gemma3TextConfig(**TEXT, head_dim=8, sliding_window=4, layer_types=layers, query_pre_attn_scalar=8)
-    return hf.Gemma3ForConditionalGeneration(
-        hf.Gemma3Config(text_config=text, vision_config=hf.SiglipVisionConfig(**VISION))
-    )
-
-
-def paligemma2() -> PreTrainedModel:
-    text = hf.Gemma2Config(**TEXT, head_dim=8, sliding_window=4, attn_logit_softcapping=2.0)
-    config = hf.PaliGemmaConfig(
-        vision_config=hf.SiglipVisionConfig(**VISION), text_config=text, image_token_index=60, projection_dim=32
-    )
-    return hf.PaliGemmaForConditionalGeneration(config)
-
-
-def mllama() -> PreTrainedModel:
-    rope = {"rope_type": "default", "rope_theta": 10000.0}
-    text = TEXT | {"num_hidden_layers": 3, "cross_attention_layers": [1], "rope_parameters": rope}
-    vision = {name: value for name, value in VISION.items() if name != "num_attention_heads"}
-    vision |= {
-        "attention_heads": 2,
-        "num_global_layers": 1,
-        "vision_output_dim": 32,
-        "intermediate_layers_indices": [0],
-    }
-    return hf.MllamaForConditionalGeneration(hf.MllamaConfig(vision_config=vision, text_config=text))
-
-
-@pytest.mark.parametrize("build", [llava, gemma3, paligemma2, mllama])
+@pytest.mark.parametrize("family", [*FAMILIES.values(), SOFTCAPPED], ids=[*FAMILIES, "PaliGemma 2"])
 @torch.no_grad()
-def test_masses_are_those_that_eager_returns(build: Callable[[], PreTrainedModel]) -> None:
-    torch.manual_seed(0)
-    model = build().eval()
-    inputs = {"input_ids": IDS, "attention_mask": MASK}
-    if build in (gemma3, paligemma2):
-        inputs["token_type_ids"] = torch.zeros_like(IDS)
+def test_masses_are_those_that_eager_returns(family: Family) -> None:
+    model = family.build()
+    inputs, roles = family.make()
     model.set_attn_implementation({"text_config": "eager"})
     attentions = [a for a in model(**inputs, output_attentions=True).attentions if a is not None]
-    expected = torch.stack([mass_of_probabilities(a, ROLES, KEYS) for a in attentions])
-    expected *= torch.isin(ROLES, torch.tensor(QUERIES))[None, :, None, :, None]
-    # SDPA refuses softcap.
-    for attn in ("eager",) if build is paligemma2 else ("eager", "sdpa"):
+    attentions = [a for a in attentions if a.shape[-1] == roles.shape[1]]  # no cross-attention
+    masses = torch.stack([mass_of_probabilities(a, roles, KEYS) for a in attentions])
+    masses *= torch.isin(roles, torch.tensor(QUERIES))[None, :, None, :, None]
+    for attn in family.attn:
         model.set_attn_implementation({"text_config": attn})
         plain = model(**inputs).logits
-        with observe_attention(model, ROLES, queries=QUERIES, keys=KEYS) as record:
+        with observe_attention(model, roles, queries=QUERIES, keys=KEYS) as record:
             inside = model(**inputs).logits
         assert inside.equal(plain)
-        assert record.layers == ((0, 2) if build is mllama else (0, 1))
-        torch.testing.assert_close(record.stacked(), expected, rtol=1e-4, atol=1e-5)
+        assert record.layers == family.layers
+        torch.testing.assert_close(record.stacked(), masses, rtol=1e-4, atol=1e-5)
 
 
-def test_a_cross_attention_layer_is_refused_when_asked_for() -> None:
-    model = mllama().eval()
-    with pytest.raises(ValueError, match=r"layers \[1\]"), observe_attention(model, ROLES, layers=[1]):
-        model(input_ids=IDS, attention_mask=MASK)
+@pytest.mark.parametrize("rows", [None, QUERIES, "last"], ids=["every", "text", "last"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_steering_is_the_oracle_s(name: str, mode: Any, rows: Any) -> None:
+    family = FAMILIES[name]
+    inputs, roles = family.make()
+    selected = None if rows is None else torch.isin(roles, torch.tensor(QUERIES))
+    if rows == "last":
+        selected = torch.zeros_like(roles).bool()
+        selected[:, -1] = True  # padded on the left
+    logits, masses = expected(family.build, inputs, Steered(roles, 0.5, 0.7, mode, rows=selected), KEYS)
+    text = torch.isin(roles, torch.tensor(QUERIES))
+    for attn in family.attn:
+        model = family.build()
+        model.set_attn_implementation({"text_config": attn})
+        with (
+            observe_attention(model, roles, queries=QUERIES, keys=KEYS) as record,
+            steer_attention(model, roles, image=0.5, system=0.7, mode=mode, queries=rows),
+        ):
+            steered = model(**inputs).logits
+        assert not torch.allclose(steered[text], model(**inputs).logits[text], atol=1e-3)
+        torch.testing.assert_close(steered[text].double(), logits[text], rtol=1e-3, atol=5e-4)
+        ours = record.stacked().double()
+        torch.testing.assert_close(ours, masses * text[None, :, None, :, None], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_cross_attention_is_left_alone_and_refused_when_asked_for() -> None:
+    family = FAMILIES["Llama-3.2-Vision"]
+    model, (inputs, roles) = family.build(), family.make()
+    for context in (observe_attention, steer_attention):
+        with pytest.raises(ValueError, match=r"layers \[1\]"), context(model, roles, layers=[1]):
+            model(**inputs)
+
+
+@torch.no_grad()
+def test_softcap_is_refused() -> None:
+    model, (inputs, roles) = SOFTCAPPED.build(), SOFTCAPPED.make()
+    model.set_attn_implementation({"text_config": "eager"})
+    with pytest.raises(ValueError, match=r"softcap \(2.0\) cannot be steered"), steer_attention(model, roles):
+        model(**inputs)
