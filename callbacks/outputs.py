@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,15 +35,15 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def log_pictures(loggers: Sequence[Logger], measured: Measurement, overlays: Sequence[Overlay], *, step: int) -> None:
-    """Draw maps, shares and overlays, and give them to each logger that takes pictures.
+def log_figures(loggers: Sequence[Logger], figures: Iterable[tuple[str, Figure]], *, step: int) -> None:
+    """Give figures to each logger that takes pictures, by name.
 
     Those are TensorBoardLogger and loggers with WandbLogger's `log_image`; without one nothing is drawn.
     """
     takers = [item for item in loggers if isinstance(item, TensorBoardLogger) or hasattr(item, "log_image")]
     if not takers:
         return
-    for name, figure in _figures(measured, overlays):
+    for name, figure in figures:
         pixels = render(figure)
         for logger in takers:
             if isinstance(logger, TensorBoardLogger):
@@ -52,7 +52,8 @@ def log_pictures(loggers: Sequence[Logger], measured: Measurement, overlays: Seq
                 logger.log_image(key=name, images=[pixels], step=step)
 
 
-def _figures(measured: Measurement, overlays: Sequence[Overlay]) -> Iterator[tuple[str, Figure]]:
+def vas_figures(measured: Measurement, overlays: Sequence[Overlay]) -> Iterator[tuple[str, Figure]]:
+    """Maps, shares and overlays of a validation, each drawn when it is asked for."""
     for query in measured.queries:
         map_LH = measured.maps[query].value()
         if map_LH is not None:

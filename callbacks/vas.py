@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from avar_lightning.attention import AttentionRecord, observe_attention
 from avar_lightning.callbacks.foreign import find_processor, find_role_ids, locate_vlm, sample_ids
 from avar_lightning.callbacks.measurement import KEYS, QUERIES, Measurement, gather
-from avar_lightning.callbacks.outputs import log_pictures, write_json
+from avar_lightning.callbacks.outputs import log_figures, vas_figures, write_json
 from avar_lightning.callbacks.overlay import Overlay, OverlayError, lay_on_image
 from avar_lightning.roles import Role
 from avar_lightning.vas import REDUCTIONS
@@ -231,7 +231,7 @@ class VASCallback(Callback):
         if trainer.is_global_zero and self._measurement.rows:
             report = self._report(trainer, pl_module, metrics)
             write_json(self._folder / f"step_{trainer.global_step:08d}.json", report)
-            log_pictures(trainer.loggers, self._measurement, self._overlays, step=trainer.global_step)
+            log_figures(trainer.loggers, vas_figures(self._measurement, self._overlays), step=trainer.global_step)
 
     def _scalars(self, measured: Measurement) -> dict[str, float]:
         scalars = {}

@@ -1,0 +1,20 @@
+"""Pictures and tables: arrays in, matplotlib figures or Markdown out."""
+
+from avar_lightning.report.attention import plot_attention_shares, plot_overlay, plot_vas_map
+from avar_lightning.report.figure import format_number, needs_log_scale, render
+from avar_lightning.report.interventions import interventions_table, plot_differences, plot_sweep
+from avar_lightning.report.trainings import plot_results, results_table
+
+__all__ = [
+    "format_number",
+    "interventions_table",
+    "needs_log_scale",
+    "plot_attention_shares",
+    "plot_differences",
+    "plot_overlay",
+    "plot_results",
+    "plot_sweep",
+    "plot_vas_map",
+    "render",
+    "results_table",
+]

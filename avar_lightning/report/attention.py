@@ -1,0 +1,146 @@
+"""Pictures of visual attention: by layer and head, by role, and on the image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from avar_lightning.report.figure import format_number, heat_colours, index_ticks, needs_log_scale, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+ROLE_COLOURS = {
+    "system": "#E69F00",
+    "user": "#56B4E9",
+    "image": "#009E73",
+    "response": "#CC79A7",
+    "other": "#DDDDDD",
+}
+"""Colour of each role, and the order in which shares are stacked."""
+
+
+def plot_vas_map(
+    vas_map: ArrayLike, *, layers: Sequence[int] | None = None, title: str = "VAS by layer and head"
+) -> Figure:
+    """Draw a layer × head heat map of the Visual Attention Score.
+
+    Args:
+        vas_map: (L, H) scores, NaN (drawn grey) where undefined.
+        layers: number of each row's layer; 0 … L-1 when not given.
+        title: heading of the picture.
+
+    Returns:
+        The figure; layer 0 is at the bottom, colours are logarithmic where the scores span a factor over 30.
+
+    Raises:
+        ValueError: the map is not two-dimensional.
+    """
+    scores = np.asarray(vas_map, dtype=float)
+    if scores.ndim != 2:
+        raise ValueError(f"vas_map has shape {scores.shape}, expected (layers, heads): average over samples.")
+    num_layers, num_heads = scores.shape
+    finite = scores[np.isfinite(scores)]
+    width, height = min(10.0, 2.4 + 0.36 * num_heads), min(9.0, 1.3 + 0.30 * num_layers)
+    with new_figure(max(4.8, width), max(3.2, height)) as figure:
+        axes = figure.add_subplot()
+        colours, norm = heat_colours(finite)
+        shown = np.ma.masked_invalid(scores)
+        picture = axes.imshow(shown, origin="lower", aspect="auto", cmap=colours, norm=norm)
+        axes.set(xlabel="head", ylabel="layer", title=title)
+        index_ticks(axes, "x", range(num_heads))
+        index_ticks(axes, "y", layers if layers is not None else range(num_layers))
+        axes.spines[:].set_visible(False)
+        if num_layers * num_heads <= 96:
+            for (layer, head), score in np.ndenumerate(scores):
+                if math.isfinite(score):
+                    ink = "black" if norm(score) > 0.6 else "white"
+                    label = format_number(score)
+                    axes.text(head, layer, label, ha="center", va="center", color=ink, fontsize=8)
+        scale = ", log scale" if needs_log_scale(finite) else ""
+        figure.colorbar(picture, ax=axes, label=f"VAS (image / system{scale})")
+    return figure
+
+
+def plot_attention_shares(
+    shares: Mapping[str, ArrayLike],
+    *,
+    layers: Sequence[int] | None = None,
+    title: str = "Where attention goes, by layer",
+) -> Figure:
+    """Draw, as one stacked bar a layer, the part of the attention that each role gets.
+
+    Args:
+        shares: role name (`system`, `user`, `image`, `response`) to (L,) parts of 1; what they leave of
+            1 (BOS, turn headers) is drawn as `other`.
+        layers: number of each layer; 0 … L-1 when not given.
+        title: heading of the picture.
+
+    Raises:
+        ValueError: no share is given, a role is unknown, or a layer's shares sum to more than 1.
+    """
+    unknown = set(shares) - set(ROLE_COLOURS)
+    if not shares or unknown:
+        raise ValueError(f"shares has the roles {sorted(shares)}, expected some of {list(ROLE_COLOURS)}.")
+    parts = {role: np.asarray(shares[role], dtype=float) for role in ROLE_COLOURS if role in shares}
+    total = np.sum(list(parts.values()), axis=0)
+    if np.nanmax(total, initial=0.0) > 1.01:
+        raise ValueError(f"a layer's shares sum to {np.nanmax(total):.3f}, expected at most 1: pass mean masses.")
+    if "other" not in parts:
+        parts["other"] = np.clip(1.0 - total, 0.0, 1.0)
+    num_layers = len(total)
+    with new_figure(max(4.8, min(11.0, 2.2 + 0.34 * num_layers)), 3.6) as figure:
+        axes = figure.add_subplot()
+        bottom = np.zeros(num_layers)
+        for role, part in parts.items():
+            height = 100 * np.nan_to_num(part)
+            axes.bar(range(num_layers), height, bottom=bottom, width=0.9, color=ROLE_COLOURS[role], label=role)
+            bottom += height
+        axes.set(xlabel="layer", ylabel="share of attention (%)", title=title)
+        axes.set(ylim=(0, 100), xlim=(-0.6, num_layers - 0.4))
+        index_ticks(axes, "x", layers if layers is not None else range(num_layers))
+        # Reversed, so that the legend reads from top to bottom as the bars do.
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, reverse=True)
+    return figure
+
+
+def plot_overlay(image: Image | ArrayLike, grid: ArrayLike, *, title: str = "Attention of the response") -> Figure:
+    """Draw an image beside itself under the attention that its tokens receive.
+
+    Args:
+        image: PIL image or uint8 array (height, width, 3).
+        grid: (rows, columns) attention on each image token, in reading order; its ratio to the mean is
+            shown.
+        title: heading of the right picture.
+
+    Raises:
+        ValueError: the grid is not two-dimensional.
+    """
+    heat = np.asarray(grid, dtype=float)
+    if heat.ndim != 2:
+        raise ValueError(f"grid has shape {heat.shape}, expected (rows, columns) of image tokens.")
+    pixels = np.asarray(image)
+    height, width = pixels.shape[:2]
+    heat = heat / max(float(heat.mean()), np.finfo(float).tiny)
+    panel = 3.4
+    with new_figure(2 * panel + 1.0, min(6.0, max(2.2, panel * height / width)) + 0.5) as figure:
+        plain, covered = figure.subplots(1, 2)
+        plain.imshow(pixels)
+        plain.set_title("Image")
+        covered.imshow(pixels.mean(axis=2) if pixels.ndim == 3 else pixels, cmap="gray", vmin=0, vmax=255)
+        extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+        # At least 2, so that the mean is never the brightest colour.
+        top = max(float(heat.max()), 2.0)
+        veil = covered.imshow(heat, cmap="inferno", alpha=0.6, extent=extent, interpolation="nearest", vmin=0, vmax=top)
+        covered.set_title(title)
+        for axes in (plain, covered):
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set(visible=True, color="#888888", linewidth=0.6)
+        label = "attention per token\n(1 = mean of this image)"
+        figure.colorbar(veil, ax=covered, label=label, fraction=0.046)
+    return figure
