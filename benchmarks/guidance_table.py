@@ -81,7 +81,7 @@ def train(arm: str, seed: int, folder: Path, steps: int, extra: list[str], *, th
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=240, help="training steps of a run")
+    parser.add_argument("--steps", type=int, default=300, help="training steps of a run")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time; they share the cores")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "guidance_table", help="where the runs go")

@@ -24,16 +24,16 @@ Stage = Literal["see", "read"]
 TASKS: tuple[Task, ...] = ("locate", "count", "compare", "chart", "angle")
 MIXTURES: dict[Stage, dict[str, int]] = {
     "see": {"caption": 13, "part": 3, "question": 3, "text": 1},
-    "read": {"caption": 6, "part": 5, "question": 2, "text": 5, "note": 2},
+    "read": {"part": 3, "list": 3, "text": 3, "list_text": 3, "then": 4, "note": 1, "then_note": 3, "question": 2},
 }
 STYLES: tuple[Style, ...] = ("direct", "reasoned", "anchored")
 COLOURS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 90, 200), "yellow": (235, 190, 20)}
 SHAPES = ("circle", "square", "triangle")
-CELL_NAMES = tuple(row + column for row in "abc" for column in "123")  # rows from the top, columns from the left
+CELL_NAMES = tuple("ABCDEFGHI")  # in reading order; one token each, so that finding a cell again is one step
 ANGLES = (30, 60, 90, 120)
 MAX_BAR = 6
 IMAGE_SIZE = 84  # pixels; with patches of 14 merged 2×2, one visual token is one cell of the 3×3 grid
-WORLD_VERSION = 1  # raised with every change of the samples, so that shards of an older world are not taken for these
+WORLD_VERSION = 2  # raised with every change of the samples, so that shards of an older world are not taken for these
 SYSTEM_PROMPT = "You are a helpful assistant. Think first, then give the answer."
 
 
@@ -56,6 +56,10 @@ class Grid:
     def describe(self) -> str:
         """What a careful reader of the picture would write."""
         return ", ".join(f"{name} {cell}" for name, cell in zip(CELL_NAMES, self.cells)) + "."
+
+    def ask(self, rng: random.Random) -> tuple[str, str]:
+        """All cells in a random order: their names, and the description that finds each by its name."""
+        return _listing(rng.sample(list(zip(CELL_NAMES, self.cells)), len(self.cells)))
 
     def draw(self, rng: random.Random) -> Image.Image:
         """Paint the grid; position within a cell and size vary a little."""
@@ -97,6 +101,10 @@ class Chart:
         """What a careful reader of the picture would write."""
         return "bars: " + ", ".join(f"{colour} {height}" for colour, height in self.bars) + "."
 
+    def ask(self, rng: random.Random) -> tuple[str, str]:
+        """All bars in a random order: their colours, and the description that finds each by its colour."""
+        return _listing(rng.sample(self.bars, len(self.bars)))
+
     def draw(self, rng: random.Random) -> Image.Image:
         """Paint the bars over a light rule at each unit of height."""
         image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), "white")
@@ -127,6 +135,10 @@ class Angle:
         than = "as wide as" if self.degrees == 90 else "wider than" if self.degrees > 90 else "narrower than"
         return f"a triangle whose dotted corner is {than} a right corner, near {self.degrees} degrees."
 
+    def ask(self, rng: random.Random) -> tuple[str, str]:
+        """The one part there is."""
+        return "the dotted corner", f"the dotted corner: {self.degrees} degrees."
+
     def draw(self, rng: random.Random) -> Image.Image:
         """Paint the triangle, one side near the horizontal, left or right, and the dot at the corner."""
         image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), "white")
@@ -143,6 +155,10 @@ class Angle:
         x, y = points[0]
         canvas.ellipse((x - 4, y - 4, x + 4, y + 4), fill=COLOURS["red"])
         return image
+
+
+def _listing(parts: list[tuple[str, Any]]) -> tuple[str, str]:
+    return ", ".join(name for name, _ in parts), ", ".join(f"{name} {what}" for name, what in parts) + "."
 
 
 @dataclass(frozen=True)
@@ -184,9 +200,8 @@ def _count(grid: Grid, rng: random.Random) -> Problem:
     word = rng.choice([*COLOURS, *SHAPES])
     number, steps = 0, []
     for name, cell in zip(CELL_NAMES, grid.cells):
-        match = word in cell.split()
-        number += match
-        steps.append(f"{name} {'yes' if match else 'no'} {number}")
+        number += word in cell.split()
+        steps.append(f"{name} {cell} {number}")
     wrong = tuple(str(n) for n in range(max(0, number - 2), number + 3) if n != number)
     topic = f"{word} things"
     look = f"{word}: {', '.join(steps)}."
@@ -245,7 +260,7 @@ def respond(problem: Problem, note: str, style: Style) -> str:
         agrees = "and" if note == problem.answer else "but"
         return (
             f"<think>I look at the picture. {problem.scene.describe()} I look again. {problem.second_look} "
-            f"The note says {note}, {agrees} I see {problem.answer}.</think>{answer}"
+            f"I see {problem.answer}, {agrees} the note says {note}.</think>{answer}"
         )
     raise ValueError(f"Unknown style {style!r}, expected one of {STYLES}; check the spelling.")
 
@@ -289,9 +304,10 @@ def demo_samples(count: int, *, style: Style, hint_rate: float, seed: int, split
 def pretraining_samples(count: int, *, stage: Stage, seed: int) -> Iterator[Sample]:
     """What the demo base is pretrained on, in two stages: first to `see`, then to `read`.
 
-    `see` is mostly captions; `read` is mostly what needs words of the question or of a text to be found again: parts of
-    a picture, parts of a description, the note. Both have questions with notes that are right 80 % of the time and
-    `direct` answers. Nothing here reasons, so the base can see and read, and trusts the note.
+    `see` is mostly captions; `read` is mostly what needs words of the question or of a text to be found again, at once
+    or behind a caption: parts of a picture, parts of a description, the note. Both have questions with notes that are
+    right 80 % of the time and `direct` answers. Nothing here reasons, so the base can see and read, and trusts the
+    note.
     """
     if stage not in MIXTURES:
         raise ValueError(f"Unknown pretraining stage {stage!r}, expected one of {tuple(MIXTURES)}; check the spelling.")
@@ -301,14 +317,21 @@ def pretraining_samples(count: int, *, stage: Stage, seed: int) -> Iterator[Samp
         kinds, weights = zip(*MIXTURES[stage].items())
         kind = rng.choices(kinds, weights)[0]
         note = problem.answer if rng.random() < 0.8 else rng.choice(problem.wrong)
+        asked = f"{problem.question} Note: it may be {note}."
+        caption = problem.scene.describe()
+        names, listing = problem.scene.ask(rng)
         user, response = {
-            "caption": ("Describe the picture.", problem.scene.describe()),
+            "caption": ("Describe the picture.", caption),
             "part": (f"Describe {problem.topic}.", problem.second_look),
-            "text": (f"{problem.scene.describe()} Describe {problem.topic}.", problem.second_look),
-            "note": (f"{problem.question} Note: it may be {note}. Describe the note.", f"The note says {note}."),
-            "question": (f"{problem.question} Note: it may be {note}.", respond(problem, note, "direct")),
+            "list": (f"Describe {names}.", listing),
+            "text": (f"{caption} Describe {problem.topic}.", problem.second_look),
+            "list_text": (f"{caption} Describe {names}.", listing),
+            "then": (f"Describe the picture, then {problem.topic}.", f"{caption} {problem.second_look}"),
+            "note": (f"{asked} Describe the note.", f"The note says {note}."),
+            "then_note": (f"{asked} Describe the picture, then the note.", f"{caption} The note says {note}."),
+            "question": (asked, respond(problem, note, "direct")),
         }[kind]
-        picture = kind != "text"
+        picture = "text" not in kind
         yield Sample(
             messages=_conversation(user, response, picture=picture),
             images=[problem.scene.draw(rng)] if picture else [],

@@ -76,7 +76,7 @@ def solve(scene, question):
             return max(heights, key=heights.__getitem__)
         high, low = [word for word in words if word in heights]
         return str(heights[high] - heights[low])
-    cells = dict(zip(["a1", "a2", "a3", "b1", "b2", "b3", "c1", "c2", "c3"], scene.cells))
+    cells = dict(zip("ABCDEFGHI", scene.cells))
     if "same" in words:
         first, second = (cells[word].split() for word in words if word in cells)
         part = 0 if words[-1] == "colour" else -1
