@@ -57,7 +57,12 @@ def _add_sweep(commands: Any) -> None:
     )
     sweep.add_argument("output", metavar="DST", help="folder of the results")
     strength = {"type": _numbers, "metavar": "X,X,…"}
-    sweep.add_argument("--image", **strength, default=(0.0, 0.15, 0.3), help="on image tokens; default 0,0.15,0.3")
+    sweep.add_argument(
+        "--image",
+        **strength,
+        default=(0.0, 0.15, 0.3),
+        help="on image tokens; default 0,0.15,0.3 (--image=-0.5,0 if the first is negative)",
+    )
     sweep.add_argument("--system", **strength, default=(0.0, 0.05, 0.4, 0.6), help="lowers system tokens; default "
                        "0,0.05,0.4,0.6")  # fmt: skip
     sweep.add_argument("--mode", type=_words, default=("logit",), metavar="MODE,…", help=f"some of {', '.join(MODES)}; "

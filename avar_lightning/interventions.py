@@ -7,6 +7,7 @@ sample by sample, with a bootstrap interval. InterventionCallback and `avar swee
 
 from __future__ import annotations
 
+import inspect
 import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 
 from avar_lightning.attention import (
@@ -36,7 +38,8 @@ Reward = Callable[..., list[float]]
 METRICS = ("accuracy", "vas", "vas_ratio_of_means", "vas_response", "vas_ratio_of_means_response")
 """What is known of each answer: its reward, and VAS of the prompt's user tokens and of the answer's own tokens."""
 
-_NOT_FOR_GENERATE = {"labels", "role_ids", "prompt", "columns", "images"}
+# Arguments of a model's forward that belong to training, or that `generate` makes itself.
+_NOT_FOR_GENERATE = {"self", "labels", "position_ids", "inputs_embeds", "past_key_values", "use_cache", "kwargs"}
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,9 @@ def grid(images: Sequence[float], systems: Sequence[float], modes: Sequence[str]
         modes: Of `attention.MODES`.
         **where: `queries`, `layers` or `heads` of each `Intervention`.
 
+    Raises:
+        ValueError: A strength makes a weight negative, a mode is unknown, or two settings are the same.
+
     >>> [setting.name for setting in grid([0.0, 0.3], [0.4], ["logit"])]
     ['logit image=0 system=0.4', 'logit image=0.3 system=0.4']
     """
@@ -69,48 +75,71 @@ def grid(images: Sequence[float], systems: Sequence[float], modes: Sequence[str]
                 intervention = Intervention(image, system, mode, **where)  # type: ignore[arg-type]
                 if intervention.active:
                     settings.append(Setting(f"{mode} image={image:g} system={system:g}", intervention))
+    names = [setting.name for setting in settings]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{twice[0]} is in the grid more than once, expected different strengths and modes.")
     return settings
 
 
-def leave_one_layer_out(intervention: Intervention, num_layers: int) -> list[Setting]:
+def leave_one_layer_out(intervention: Intervention, layers: Sequence[int]) -> list[Setting]:
     """The whole intervention, and once without each of its layers: what a layer contributes.
+
+    Args:
+        intervention: On layers, not on heads.
+        layers: Those that can be steered (`attention_layers`).
 
     Raises:
         ValueError: The intervention has a single layer, or names heads.
     """
     if intervention.heads is not None:
         raise ValueError("leaving out layers needs an intervention on layers; leave heads unset.")
-    layers = select_layers(intervention.layers, num_layers) or tuple(range(num_layers))
-    if len(layers) < 2:
-        raise ValueError(f"layers is {list(layers)}, expected two or more to leave one out.")
-    rest = {left_out: tuple(layer for layer in layers if layer != left_out) for left_out in layers}
+    chosen = select_layers(intervention.layers, max(layers) + 1) or tuple(layers)
+    if len(chosen) < 2:
+        raise ValueError(f"layers is {list(chosen)}, expected two or more to leave one out.")
+    rest = {left_out: tuple(layer for layer in chosen if layer != left_out) for left_out in chosen}
     return [
-        Setting("all layers", replace(intervention, layers=layers)),
-        *(Setting(f"without layer {layer}", replace(intervention, layers=rest[layer])) for layer in layers),
+        Setting("all layers", replace(intervention, layers=chosen)),
+        *(Setting(f"without layer {layer}", replace(intervention, layers=rest[layer])) for layer in chosen),
     ]
 
 
-def one_head_each(intervention: Intervention, num_layers: int, num_heads: int) -> list[Setting]:
-    """Each head of the intervention's layers steered alone."""
-    layers = select_layers(intervention.layers, num_layers) or tuple(range(num_layers))
+def one_head_each(intervention: Intervention, layers: Sequence[int], num_heads: int) -> list[Setting]:
+    """Each head of the intervention's layers, or each of its heads, steered alone.
+
+    Args:
+        intervention: On layers or on heads.
+        layers: Those that can be steered (`attention_layers`).
+        num_heads: Query heads of a layer.
+    """
+    heads: Mapping[int, Sequence[int]] | None = intervention.heads
+    if heads is None:
+        chosen = select_layers(intervention.layers, max(layers) + 1) or tuple(layers)
+        heads = {layer: range(num_heads) for layer in chosen}
     return [
         Setting(f"layer {layer} head {head}", replace(intervention, layers=None, heads={layer: (head,)}))
-        for layer in layers
-        for head in range(num_heads)
+        for layer in sorted(heads)
+        for head in heads[layer]
     ]
 
 
 def random_heads(
-    intervention: Intervention, num_layers: int, num_heads: int, *, repeats: int, seed: int = 0
+    intervention: Intervention, layers: Sequence[int], num_heads: int, *, repeats: int, seed: int = 0
 ) -> list[Setting]:
     """The chosen heads, and as many heads drawn at random from the whole decoder, several times: a control.
+
+    Args:
+        intervention: On heads.
+        layers: Those that can be steered (`attention_layers`).
+        num_heads: Query heads of a layer.
+        repeats: Number of draws.
+        seed: Of the draws.
 
     Raises:
         ValueError: The intervention names no heads.
     """
     if intervention.heads is None:
         raise ValueError("random heads are a control for chosen ones; name those with heads={layer: [head, ...]}.")
-    everything = [(layer, head) for layer in range(num_layers) for head in range(num_heads)]
+    everything = [(layer, head) for layer in layers for head in range(num_heads)]
     count = sum(len(set(heads)) for heads in intervention.heads.values())
     settings = [Setting("chosen heads", intervention)]
     rng = random.Random(seed)
@@ -125,45 +154,49 @@ def random_heads(
 # Running
 
 
-def prompt_of(batch: Mapping[str, Any], role_ids: Tensor, pad_token_id: int) -> dict[str, Any]:
+def prompt_of(batch: Mapping[str, Any], role_ids: Tensor, model: nn.Module, pad_token_id: int) -> dict[str, Any]:
     """What to generate from: the batch's own `prompt`, or its sequences up to their last response.
 
     Args:
-        batch: `input_ids`, `attention_mask` and whatever else the model takes; perhaps a `prompt`.
+        batch: `input_ids`, `attention_mask` and whatever else the model takes, and other things, which are left out;
+            perhaps a `prompt`, a mapping with `input_ids` and `role_ids`, padded on the left.
         role_ids: Roles of the batch's tokens (B, N).
+        model: A Hugging Face VLM, or a module that holds one; its forward says what it takes.
         pad_token_id: Fills prompts up on the left.
 
     Returns:
-        Arguments for the model's forward, sequences padded on the left, and `role_ids`.
+        Arguments for `generate`, sequences padded on the left, and `role_ids`.
+
+    Raises:
+        ValueError: The batch's prompt has no roles.
     """
+    taken = set(inspect.signature(type(find_vlm(model)).forward).parameters) - _NOT_FOR_GENERATE
     input_ids = batch["input_ids"]
-    others = {
-        name: value
-        for name, value in batch.items()
-        if name not in _NOT_FOR_GENERATE and not (isinstance(value, Tensor) and value.shape[:2] == input_ids.shape)
-    }
-    if "prompt" in batch:
-        return others | dict(batch["prompt"])
-    sequences = {
-        name: value
-        for name, value in batch.items()
-        if name not in _NOT_FOR_GENERATE and isinstance(value, Tensor) and value.shape[:2] == input_ids.shape
-    }
-    mask = batch.get("attention_mask")
+    inputs = {name: value for name, value in batch.items() if name in taken and value is not None}
+    sequences = {name for name, value in inputs.items() if _is_sequence(value, input_ids)} | {"attention_mask"}
+    others = {name: value for name, value in inputs.items() if name not in sequences}
+    own = batch.get("prompt")
+    if isinstance(own, Mapping) and isinstance(own.get("input_ids"), Tensor):
+        if "role_ids" not in own:
+            raise ValueError("batch['prompt'] has no 'role_ids', expected one role for each of its tokens; add them.")
+        return others | {name: value for name, value in own.items() if name in taken or name == "role_ids"}
+    mask = inputs.get("attention_mask")
     mask = torch.ones_like(input_ids) if mask is None else mask
-    sequences |= {"attention_mask": mask, "role_ids": role_ids}
     ends = [_last_turn(roles, kept) for roles, kept in zip(role_ids, mask.bool(), strict=True)]
     longest = max(len(positions) for positions in ends)
-    fills = {"input_ids": pad_token_id}
-    return others | {
-        name: torch.stack(
-            [
-                pad(row[at], (longest - len(at), 0), value=fills.get(name, 0))
-                for row, at in zip(value, ends, strict=True)
-            ]
-        )
-        for name, value in sequences.items()
-    }
+    rows = {name: inputs[name] for name in sequences if name in inputs} | {"attention_mask": mask, "role_ids": role_ids}
+
+    def cut(name: str, value: Tensor) -> Tensor:
+        fill = pad_token_id if name == "input_ids" else 0
+        margins = [0, 0] * (value.dim() - 2)
+        kept = [pad(row[at], [*margins, longest - len(at), 0], value=fill) for row, at in zip(value, ends, strict=True)]
+        return torch.stack(kept)
+
+    return others | {name: cut(name, value) for name, value in rows.items()}
+
+
+def _is_sequence(value: Any, input_ids: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape[:2] == input_ids.shape
 
 
 def _last_turn(roles: Tensor, kept: Tensor) -> Tensor:
@@ -199,35 +232,40 @@ def answer(
         processor: Processor or tokenizer, to decode.
         max_new_tokens: Longest answer.
         columns: One mapping a sample, handed to `reward` column by column.
-        reward: TRL's signature, `(completions, **columns) -> list[float]`.
+        reward: TRL's signature, `(completions, **columns) -> list[float]`; `accuracy_reward` is asked only for samples
+            that have an `answer`.
         layers: Decoder layers in which VAS is measured.
 
     Returns:
         One row a sample: `id`, `completion` and `METRICS`, NaN where undefined.
     """
     role_ids = prompt["role_ids"]
+    vlm = find_vlm(model)
     tokenizer = getattr(processor, "tokenizer", processor)
+    ends = _ends(vlm, tokenizer)
     queries = [Role.USER, Role.RESPONSE]
     with ExitStack() as contexts:
-        record = contexts.enter_context(observe_attention(model, role_ids, queries=queries, layers=layers))
+        record = contexts.enter_context(observe_attention(vlm, role_ids, queries=queries, layers=layers))
         if setting.intervention is not None:
-            contexts.enter_context(steer_attention(model, role_ids, **vars(setting.intervention)))
-        generate: Any = find_vlm(model).generate
+            contexts.enter_context(steer_attention(vlm, role_ids, **vars(setting.intervention)))
+        generate: Any = vlm.generate
         tokens = generate(
             **{name: value for name, value in prompt.items() if name != "role_ids"},
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            suppress_tokens=_placeholders(model),
+            suppress_tokens=_placeholders(vlm),
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=ends,
+            # Processes whose answers end at different lengths must still run sharded layers together.
+            synced_gpus=any(isinstance(parameter, DTensor) for parameter in vlm.parameters()),
         )
     new = tokens[:, role_ids.shape[1] :]
     completions = tokenizer.batch_decode(new, skip_special_tokens=True)
-    names = dict.fromkeys(name for column in columns for name in column)
-    rewards = reward(completions, **{name: [column.get(name) for column in columns] for name in names})
+    rewards = _score(completions, columns, reward)
     image, system = record.mass_of(Role.IMAGE), record.mass_of(Role.SYSTEM)
     # Of the answer, tokens up to its end were rows; the padding behind it is none of the model's doing.
-    after_end = (new == tokenizer.eos_token_id).long().cumsum(1) - (new == tokenizer.eos_token_id).long() > 0
+    is_end = torch.isin(new, torch.tensor(ends, device=new.device)).long()
+    after_end = is_end.cumsum(1) - is_end > 0
     alive = pad(~after_end, (role_ids.shape[1], 0), value=True)[:, : record.role_ids.shape[1]]
     masks = {"": record.query_mask(Role.USER), "_response": record.query_mask(Role.RESPONSE) & alive}
     scores = {
@@ -236,10 +274,30 @@ def answer(
         for name, reduction in (("vas", "mean_of_ratios"), ("vas_ratio_of_means", "ratio_of_means"))
     }
     return [
-        {"id": column.get("id"), "completion": text, "accuracy": float(value)}
+        {"id": column.get("id"), "completion": text, "accuracy": value}
         | {name: values[index] for name, values in scores.items()}
         for index, (column, text, value) in enumerate(zip(columns, completions, rewards, strict=True))
     ]
+
+
+def _score(completions: list[str], columns: Sequence[Mapping[str, Any]], reward: Reward) -> list[float]:
+    """Rewards, NaN for samples without the answer that `accuracy_reward` compares with."""
+    needs_answer = reward is accuracy_reward
+    scored = [i for i, column in enumerate(columns) if not needs_answer or column.get("answer") not in (None, "")]
+    names = dict.fromkeys(name for column in columns for name in column)
+    rewards = [math.nan] * len(completions)
+    if scored:
+        given = {name: [columns[i].get(name) for i in scored] for name in names}
+        for i, value in zip(scored, reward([completions[i] for i in scored], **given), strict=True):
+            rewards[i] = float(value)
+    return rewards
+
+
+def _ends(vlm: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end an answer: the tokenizer's, and those of the model's own generation settings."""
+    own = vlm.generation_config.eos_token_id
+    listed = own if isinstance(own, list) else [own]
+    return sorted({token for token in [*listed, tokenizer.eos_token_id] if token is not None})
 
 
 def columns_of(batch: Mapping[str, Any], role_ids: Tensor, processor: Any) -> list[dict[str, Any]]:
@@ -260,11 +318,10 @@ def columns_of(batch: Mapping[str, Any], role_ids: Tensor, processor: Any) -> li
     return columns
 
 
-def _placeholders(model: nn.Module) -> list[int] | None:
+def _placeholders(vlm: Any) -> list[int] | None:
     """Tokens that stand for pictures: sampled without one behind them, they break the next forward."""
-    config = find_vlm(model).config
     names = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
-    found = {getattr(config, name, None) for name in names}
+    found = {getattr(vlm.config, name, None) for name in names}
     return sorted(token for token in found if isinstance(token, int)) or None
 
 

@@ -65,17 +65,29 @@ def load_model(config: VLMConfig | str = "demo") -> PreTrainedModel | PeftModel:
 
     Raises:
         FileNotFoundError: `pretrained` is a path without a model.
-        ValueError: Weights that do not fit the architecture, a `freeze` pattern that matches no parameter, or LoRA
+        ValueError: An attention kernel that the model or the machine has not, weights that do not fit the
+            architecture, a `freeze` pattern that matches no parameter, or LoRA
             targets that match no layer.
     """
     config = VLMConfig(config) if isinstance(config, str) else config
     path = resolve_pretrained(config.pretrained)
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attn_implementation}
-    if config.from_scratch:
-        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path), **options).eval()
-    else:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(path, output_loading_info=True, **options)
-        model, info = loaded
+    info: dict[str, Any] = {}
+    try:
+        if config.from_scratch:
+            model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path), **options).eval()
+        else:
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(path, output_loading_info=True, **options)
+            model, info = loaded
+    except (ImportError, ValueError) as error:
+        if config.attn_implementation not in str(error) and "attention" not in str(error).lower():
+            raise
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(
+            f"attn_implementation {config.attn_implementation!r} cannot be used with {config.pretrained!r}: {reason}; "
+            "install what it asks for, or choose sdpa or eager."
+        ) from error
+    if info:
         bad = {
             kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]
         }

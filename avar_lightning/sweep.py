@@ -12,12 +12,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from tqdm import tqdm
 
-from avar_lightning.attention import MODES
+from avar_lightning.attention import MODES, find_vlm, select_layers
 from avar_lightning.data import ShardDataModule, find_shards
 from avar_lightning.interventions import METRICS, UNSTEERED, Setting, answer, columns_of, compare, grid, prompt_of
 from avar_lightning.model import VLMConfig, load_model
@@ -88,12 +88,24 @@ class SweepConfig:
         return [UNSTEERED, *settings]
 
     @property
+    def device_name(self) -> str:
+        """The device, `auto` resolved."""
+        return self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype, `auto` resolved."""
+        return self.dtype if self.dtype != "auto" else "bfloat16" if self.device_name.startswith("cuda") else "float32"
+
+    @property
     def about(self) -> dict[str, Any]:
         """What answers must have in common to stand beside each other; the grid may grow."""
         names = ("models", "shards", "queries", "layers", "max_new_tokens", "max_samples", "attn_implementation")
         known = {name: getattr(self, name) for name in names}
-        stamps = [_stamp(name) for name in self.models]
-        return json.loads(json.dumps(known | {"weights": stamps, "dtype": self.dtype}))
+        known |= {"device": self.device_name, "dtype": self.dtype_name}
+        known["weights"] = [_stamp(_files_of(name)) for name in self.models]
+        known["data"] = _stamp([Path(shard.url) for shard in find_shards(self.shards)])
+        return dict(json.loads(json.dumps(known)))
 
 
 def sweep(config: SweepConfig) -> dict[str, dict[str, Any]]:
@@ -112,13 +124,16 @@ def sweep(config: SweepConfig) -> dict[str, dict[str, Any]]:
         ValueError: The folder holds another sweep's answers, or no setting steers.
         FileNotFoundError: No such model or shards.
     """
-    settings = config.settings
-    find_shards(config.shards)  # before a model is loaded
+    settings, about = config.settings, config.about
+    first = _load(config.models[0], config)
+    # Before anything is written, and before anything is answered.
+    select_layers(config.layers, find_vlm(first[0]).config.get_text_config().num_hidden_layers)
     folder = Path(config.output)
-    answers = _open_answers(folder, config)
+    answers = _open_answers(folder, about, overwrite=config.overwrite)
     with (folder / ANSWERS).open("a") as file:
-        for model in config.models:
-            _answer_all(model, config, settings, answers, file)
+        for name in config.models:
+            model, processor = first if name == config.models[0] else _load(name, config)
+            _answer_all(name, model, processor, config, settings, answers, file)
     rows = {setting.name: [_rows(answers, model, setting.name) for model in config.models] for setting in settings}
     results = {name: compare(rows[UNSTEERED.name], after) for name, after in rows.items()}
     _write(folder, settings, results)
@@ -126,10 +141,15 @@ def sweep(config: SweepConfig) -> dict[str, dict[str, Any]]:
 
 
 def _answer_all(
-    name: str, config: SweepConfig, settings: Sequence[Setting], answers: dict[tuple[str, str, int], Any], file: Any
+    name: str,
+    model: Any,
+    processor: Any,
+    config: SweepConfig,
+    settings: Sequence[Setting],
+    answers: dict[tuple[str, str, int], Any],
+    file: IO[str],
 ) -> None:
     """Answer what is missing of one model, batch by batch, each under every setting."""
-    model, processor = _load(name, config)
     data = ShardDataModule(predict=config.shards, processor=processor, batch_size=config.batch_size, num_workers=0)
     loader = data.predict_dataloader()
     pad_token_id = loader.reader.collator.pad_token_id
@@ -138,13 +158,14 @@ def _answer_all(
         for batch in loader:
             if config.max_samples is not None and start >= config.max_samples:
                 break
-            prompt = prompt_of(batch, batch["role_ids"], pad_token_id)
+            prompt = prompt_of(batch, batch["role_ids"], model, pad_token_id)
             prompt = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in prompt.items()}
             prompt = {k: v.to(model.dtype) if _is_float(v) else v for k, v in prompt.items()}
             columns = columns_of(batch, batch["role_ids"], processor)
+            wanted = len(columns) if config.max_samples is None else min(len(columns), config.max_samples - start)
             for setting in settings:
                 bar.set_postfix_str(setting.name)
-                missing = [i for i in range(len(columns)) if (name, setting.name, start + i) not in answers]
+                missing = any((name, setting.name, start + i) not in answers for i in range(wanted))
                 if missing:
                     made = answer(
                         model,
@@ -154,7 +175,7 @@ def _answer_all(
                         max_new_tokens=config.max_new_tokens,
                         columns=columns,
                     )
-                    for offset, row in enumerate(made):
+                    for offset, row in enumerate(made[:wanted]):
                         line = {"model": name, "setting": setting.name, "sample": start + offset} | row
                         answers[name, setting.name, start + offset] = line
                         file.write(json.dumps(_finite(line)) + "\n")
@@ -174,35 +195,33 @@ def _length(loader: Any, config: SweepConfig) -> int | None:
 
 def _load(name: str, config: SweepConfig) -> tuple[Any, Any]:
     """Model, on its device, and processor of a folder, a name or a checkpoint."""
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = config.dtype if config.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
+    dtype = config.dtype_name
     if name.endswith(".ckpt"):
-        if not Path(name).is_file():
-            raise FileNotFoundError(f"No checkpoint at {name!r}; check the path.")
         module = SFTModule.load_from_checkpoint(name, map_location="cpu")
-        module.model.to(device, getattr(torch, dtype))
-        return module.model.eval(), module.processor
+        find_vlm(module).set_attn_implementation({"text_config": config.attn_implementation})
+        checkpoint: Any = module.model
+        return checkpoint.to(config.device_name, getattr(torch, dtype)).eval(), module.processor
     options: Any = {"dtype": dtype, "attn_implementation": config.attn_implementation}
     model: Any = load_model(VLMConfig(name, **options))
-    return model.to(device).eval(), load_processor(name)
+    return model.to(config.device_name).eval(), load_processor(name)
 
 
-def _open_answers(folder: Path, config: SweepConfig) -> dict[tuple[str, str, int], dict[str, Any]]:
+def _open_answers(folder: Path, now: dict[str, Any], *, overwrite: bool) -> dict[tuple[str, str, int], dict[str, Any]]:
     """Answers of an earlier, interrupted or smaller sweep of the same kind; a folder for a new one."""
     folder.mkdir(parents=True, exist_ok=True)
     about, answers = folder / ABOUT, folder / ANSWERS
-    if config.overwrite or not about.is_file():
+    if overwrite or not about.is_file():
         answers.unlink(missing_ok=True)
         partial = about.with_suffix(".tmp")
-        partial.write_text(json.dumps(config.about, indent=1) + "\n")
+        partial.write_text(json.dumps(now, indent=1) + "\n")
         partial.replace(about)
         return {}
     before = json.loads(about.read_text())
-    other = [name for name, value in config.about.items() if before.get(name) != value]
+    other = [name for name, value in now.items() if before.get(name) != value]
     if other:
         raise ValueError(
             f"{folder} holds a sweep with other {', '.join(other)} ({before.get(other[0])!r}), expected "
-            f"{config.about[other[0]]!r}; give another folder, or --overwrite."
+            f"{now[other[0]]!r}; give another folder, or --overwrite."
         )
     found: dict[tuple[str, str, int], dict[str, Any]] = {}
     if answers.is_file():
@@ -246,11 +265,18 @@ def _write(folder: Path, settings: Sequence[Setting], results: Mapping[str, Mapp
     plot_differences(results).savefig(folder / "differences.png", dpi=150)
 
 
-def _stamp(name: str) -> Any:
-    """Size and time of a local model's weights, so that another training's answers are not taken for this one's."""
+def _files_of(name: str) -> list[Path]:
+    """A local model's weights, which tell one training's answers from another's."""
     path = Path(name if name.endswith(".ckpt") else resolve_pretrained(name))
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    if name.endswith(".ckpt") and not path.is_file():
+        raise FileNotFoundError(f"No checkpoint at {name!r}; check the path.")
+    return [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+
+
+def _stamp(files: Sequence[Path]) -> list[list[Any]]:
+    """Name, size and time of local files."""
+    stats = [(file.name, file.stat()) for file in files if file.is_file()]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
 def _is_float(value: Any) -> bool:

@@ -32,7 +32,7 @@ def locate_vlm(module: LightningModule, path: str | None = None) -> PreTrainedMo
     except ValueError as error:
         raise ValueError(
             f"{type(module).__name__} must hold one model to measure: {error} Name its attribute with "
-            "VASCallback(model=...)."
+            "the callback's `model`."
         ) from error
 
 
@@ -71,7 +71,7 @@ def find_input_ids(batch: Any) -> Tensor:
         what = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
         raise ValueError(
             f"validation batch is {what}, expected a mapping with a tensor 'input_ids' of shape (batch, "
-            "tokens); collate batches into such a dict to measure VAS."
+            "tokens); collate batches into such a dict to measure attention."
         )
     return input_ids
 
@@ -90,7 +90,7 @@ def find_role_ids(batch: Mapping[str, Any], module: LightningModule, processor: 
         if owner is None:
             raise ValueError(
                 f"batch has no 'role_ids' and neither {type(module).__name__} nor its datamodule has a "
-                "`processor` or `tokenizer` with a chat template; set one, or give VASCallback a `processor`."
+                "`processor` or `tokenizer` with a chat template; set one, or give the callback a `processor`."
             )
         role_ids = tag_roles(input_ids, owner, attention_mask=batch.get("attention_mask"))
     if role_ids.shape != input_ids.shape:

@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
 from avar_lightning import interventions
-from avar_lightning.attention import Intervention, LayerSpec
+from avar_lightning.attention import Intervention, LayerSpec, attention_layers
 from avar_lightning.callbacks.foreign import find_processor, find_role_ids, locate_vlm
 from avar_lightning.callbacks.measurement import QUERIES
 from avar_lightning.callbacks.outputs import log_figures, write_json
@@ -131,20 +132,25 @@ class InterventionCallback(Callback):
         self._answer(trainer, pl_module, batch)
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(trainer.strategy, FSDPStrategy) and _measures(trainer):
+            raise ValueError(
+                "strategy fsdp keeps weights sharded outside of the module's forward, where InterventionCallback "
+                "generates; use ModelParallelStrategy, DDP or one device."
+            )
         self._batches = 0
         self._schedule = [UNSTEERED, *self._settings_of(pl_module)] if _measures(trainer) else []
         self._rows = {setting.name: [] for setting in self._schedule}
 
     def _settings_of(self, pl_module: LightningModule) -> list[Setting]:
-        config = locate_vlm(pl_module, self.model).config.get_text_config()
+        vlm = locate_vlm(pl_module, self.model)
         only = self.settings[0].intervention or Intervention()
-        num_layers, num_heads = config.num_hidden_layers, config.num_attention_heads
+        layers, num_heads = attention_layers(vlm.get_decoder()), vlm.config.get_text_config().num_attention_heads
         if self.ablation == "layers":
-            return interventions.leave_one_layer_out(only, num_layers)
+            return interventions.leave_one_layer_out(only, layers)
         if self.ablation == "heads":
-            return interventions.one_head_each(only, num_layers, num_heads)
+            return interventions.one_head_each(only, layers, num_heads)
         if self.ablation == "random_heads":
-            return interventions.random_heads(only, num_layers, num_heads, repeats=self.num_random, seed=self.seed)
+            return interventions.random_heads(only, layers, num_heads, repeats=self.num_random, seed=self.seed)
         return self.settings
 
     def _answer(self, trainer: Trainer, pl_module: LightningModule, batch: Mapping[str, Any]) -> None:
@@ -161,7 +167,7 @@ class InterventionCallback(Callback):
         role_ids = find_role_ids(batch, pl_module, processor)
         tokenizer = getattr(processor, "tokenizer", processor)
         filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        prompt = interventions.prompt_of(batch, role_ids, filler)
+        prompt = interventions.prompt_of(batch, role_ids, vlm, filler)
         columns = interventions.columns_of(batch, role_ids, processor)
         quiet = trainer.progress_bar_callback is None or not trainer.is_global_zero or len(self._schedule) < 3
         for setting in tqdm(self._schedule, desc="settings", leave=False, disable=quiet):
@@ -204,8 +210,8 @@ class InterventionCallback(Callback):
         if trainer.is_global_zero:
             path = folder / f"{stage}_step_{trainer.global_step:08d}.json"
             write_json(path, self._report(before, rows))
-            picture = (f"{stage}/interventions", plot_differences(self.results))
-            log_figures(trainer.loggers, [picture], step=trainer.global_step)
+            pictures = ((name, plot_differences(self.results)) for name in [f"{stage}/interventions"])
+            log_figures(trainer.loggers, pictures, step=trainer.global_step)  # drawn where somebody takes them
             rank_zero_info(f"\n{interventions_table(self.results)}\n\ninterventions  {path}")
         self._rows = {}
 

@@ -27,6 +27,7 @@ from avar_lightning.model import VLMConfig, load_model
 from avar_lightning.processing import load_processor
 from avar_lightning.roles import Role
 from avar_lightning.vas import visual_attention_score
+from tests.attention.families import FAMILIES
 from tests.factories import PAD, Conversation, make_batch, tiny_vlm
 
 
@@ -41,38 +42,48 @@ def test_a_grid_leaves_out_what_changes_nothing() -> None:
     assert all(setting.intervention.layers == "0-1" for setting in settings)
 
 
+def test_a_grid_has_each_setting_once() -> None:
+    with pytest.raises(ValueError, match=r"logit image=0\.3 system=0 is in the grid more than once"):
+        grid([0.3, 0.3000000001], [0.0], ["logit"])
+
+
 def test_one_layer_is_left_out_at_a_time() -> None:
-    settings = leave_one_layer_out(Intervention(layers="2-4"), 8)
+    settings = leave_one_layer_out(Intervention(layers="2-4"), range(8))
     assert [setting.intervention.layers for setting in settings] == [(2, 3, 4), (3, 4), (2, 4), (2, 3)]
+    without_cross_attention = leave_one_layer_out(Intervention(), (0, 2, 3))
+    assert [setting.intervention.layers for setting in without_cross_attention] == [(0, 2, 3), (2, 3), (0, 3), (0, 2)]
     with pytest.raises(ValueError, match=r"layers is \[3\], expected two or more"):
-        leave_one_layer_out(Intervention(layers="3"), 8)
+        leave_one_layer_out(Intervention(layers="3"), range(8))
     with pytest.raises(ValueError, match="leave heads unset"):
-        leave_one_layer_out(Intervention(heads={0: [1]}), 8)
+        leave_one_layer_out(Intervention(heads={0: [1]}), range(8))
 
 
 def test_heads_one_by_one_and_at_random() -> None:
-    assert [s.intervention.heads for s in one_head_each(Intervention(layers=[1]), 4, 3)] == [
-        {1: (0,)},
-        {1: (1,)},
-        {1: (2,)},
-    ]
-    chosen, *control = random_heads(Intervention(heads={0: [1], 2: [0, 2]}), 4, 3, repeats=20, seed=1)
+    alone = [s.intervention.heads for s in one_head_each(Intervention(layers=[1]), range(4), 3)]
+    assert alone == [{1: (0,)}, {1: (1,)}, {1: (2,)}]
+    of_these = [s.intervention.heads for s in one_head_each(Intervention(heads={2: [1], 0: [0, 2]}), range(4), 3)]
+    assert of_these == [{0: (0,)}, {0: (2,)}, {2: (1,)}]
+    chosen, *control = random_heads(Intervention(heads={0: [1], 2: [0, 2]}), (0, 2, 3), 3, repeats=20, seed=1)
     assert chosen.intervention.heads == {0: [1], 2: [0, 2]}
     drawn = [sorted((layer, h) for layer, heads in s.intervention.heads.items() for h in heads) for s in control]
     assert {len(set(heads)) for heads in drawn} == {3}
-    assert {head for heads in drawn for head in heads} == {(layer, head) for layer in range(4) for head in range(3)}
-    again = random_heads(Intervention(heads={0: [1], 2: [0, 2]}), 4, 3, repeats=20, seed=1)
+    assert {head for heads in drawn for head in heads} == {(layer, head) for layer in (0, 2, 3) for head in range(3)}
+    again = random_heads(Intervention(heads={0: [1], 2: [0, 2]}), (0, 2, 3), 3, repeats=20, seed=1)
     assert [s.intervention.heads for s in again[1:]] == [s.intervention.heads for s in control]
     with pytest.raises(ValueError, match="control for chosen ones"):
-        random_heads(Intervention(), 4, 3, repeats=1)
+        random_heads(Intervention(), range(4), 3, repeats=1)
+
+
+# What other projects' batches carry beside the model's arguments.
+FOREIGN = {"answer": ["a", "b", "c"], "id": [1, 2, 3], "prompt": ["text"] * 3, "question_type": torch.arange(3)}
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 def test_a_prompt_is_what_stands_before_the_last_response(padding_side: str) -> None:
     conversations = (Conversation(), Conversation(images=2, response=2), Conversation(images=0, response=1))
     batch = make_batch(*conversations, padding_side=padding_side)
-    prompt = prompt_of(batch.inputs | {"labels": batch.role_ids}, batch.role_ids, PAD)
-    assert "labels" not in prompt
+    prompt = prompt_of(batch.inputs | FOREIGN | {"labels": batch.role_ids}, batch.role_ids, tiny_vlm(), PAD)
+    assert prompt.keys() == batch.inputs.keys() | {"role_ids"}
     assert prompt["pixel_values"] is batch.inputs["pixel_values"]
     for index, conversation in enumerate(conversations):
         real = batch.inputs["attention_mask"][index].bool()
@@ -86,8 +97,26 @@ def test_a_prompt_is_what_stands_before_the_last_response(padding_side: str) -> 
 
 def test_only_the_last_of_several_turns_is_cut_off() -> None:
     roles = torch.tensor([[1, 2, 4, 4, 0, 2, 0, 4, 4]])
-    prompt = prompt_of({"input_ids": torch.arange(9)[None]}, roles, 99)
+    prompt = prompt_of({"input_ids": torch.arange(9)[None]}, roles, tiny_vlm(), 99)
     assert prompt["input_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 6]]
+
+
+def test_a_sequence_of_more_dimensions_is_cut_and_padded_too() -> None:
+    model, (inputs, roles) = FAMILIES["Llama-3.2-Vision"].build(), FAMILIES["Llama-3.2-Vision"].make()
+    roles[0, -3] = Role.RESPONSE  # so that the prompts differ in length
+    inputs["cross_attention_mask"] = torch.arange(roles.numel()).view(*roles.shape, 1, 1)
+    prompt = prompt_of(inputs, roles, model, PAD)
+    for index in range(2):
+        real = inputs["attention_mask"][index].bool() & (roles[index] != Role.RESPONSE)
+        kept = inputs["cross_attention_mask"][index][real].flatten().tolist()
+        assert prompt["cross_attention_mask"][index].flatten().tolist()[-len(kept) :] == kept
+
+
+def test_a_prompt_without_roles_is_refused() -> None:
+    batch = make_batch()
+    own = {"input_ids": batch.inputs["input_ids"]}
+    with pytest.raises(ValueError, match="has no 'role_ids'"):
+        prompt_of(batch.inputs | {"prompt": own}, batch.role_ids, tiny_vlm(), PAD)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +132,7 @@ def batch(make_data):
 
 def test_answers_are_the_model_s_own_and_vas_that_of_their_tokens(demo, batch) -> None:
     model, processor = demo
-    prompt = prompt_of(batch, batch["role_ids"], processor.tokenizer.pad_token_id)
+    prompt = prompt_of(batch, batch["role_ids"], model, processor.tokenizer.pad_token_id)
     options = {"processor": processor, "max_new_tokens": 6, "columns": batch["columns"]}
     rows = answer(model, prompt, UNSTEERED, **options)
     inputs = {name: value for name, value in prompt.items() if name != "role_ids"}
@@ -126,6 +155,7 @@ def test_answers_are_the_model_s_own_and_vas_that_of_their_tokens(demo, batch) -
 
 def test_padding_behind_an_answer_is_not_measured() -> None:
     model = tiny_vlm()
+    model.generation_config.eos_token_id = None
     batch = make_batch(Conversation(response=0), Conversation(response=0, images=2, after=5), padding_side="left")
     prompt = batch.inputs | {"role_ids": batch.role_ids}
     columns = [{"answer": "x"}, {"answer": "y"}]
@@ -144,7 +174,8 @@ def test_padding_behind_an_answer_is_not_measured() -> None:
     tokens = [int(token) for token in scores(tokenizer, 8)["completion"].split()]
     end = next(i for i in range(2, 8) if tokens[i] not in tokens[:i])
     whole, cut = scores(tokenizer, 8), scores(tokenizer, end + 2)
-    tokenizer.eos_token_id = tokens[end]  # from now on it ends the answer, and padding follows
+    # From now on it ends the answer, and padding follows: by the model's own settings, as in Gemma 3.
+    model.generation_config.eos_token_id = [tokens[end]]
     ended = scores(tokenizer, 8)
     assert ended["completion"].split()[end + 1 :] == [str(PAD)] * (7 - end)
     assert ended["vas_response"] == pytest.approx(cut["vas_response"], rel=1e-4)
@@ -163,9 +194,17 @@ def test_columns_come_from_the_batch_or_from_its_own_response(demo, batch) -> No
     assert found == [column["answer"] for column in batch["columns"]]
 
 
+def test_samples_without_an_answer_have_no_accuracy(demo, batch) -> None:
+    model, processor = demo
+    prompt = prompt_of(batch, batch["role_ids"], model, processor.tokenizer.pad_token_id)
+    columns = [{"answer": "x"}, {"answer": None}, {}, {"answer": ""}]
+    rows = answer(model, prompt, UNSTEERED, processor=processor, max_new_tokens=1, columns=columns)
+    assert [math.isnan(row["accuracy"]) for row in rows] == [False, True, True, True]
+
+
 def test_rewards_get_every_column(demo, batch) -> None:
     model, processor = demo
-    prompt = prompt_of(batch, batch["role_ids"], processor.tokenizer.pad_token_id)
+    prompt = prompt_of(batch, batch["role_ids"], model, processor.tokenizer.pad_token_id)
     seen = {}
 
     def reward(completions, **columns):

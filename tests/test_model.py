@@ -1,9 +1,12 @@
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from avar_lightning.data.demo_base import write_blank_base
 from avar_lightning.model import LoRAConfig, VLMConfig, load_model
+from avar_lightning.processing import DEMO_BASE
 
 BLANK = {"pretrained": "demo", "from_scratch": True}
 
@@ -73,3 +76,13 @@ def test_gradient_checkpointing_is_not_reentrant():
 
 def test_lora_as_a_checkpoint_keeps_it():
     assert VLMConfig(lora={"r": 3}).lora == LoRAConfig(r=3)
+
+
+def test_the_shipped_tokenizer_is_the_one_that_the_recipe_makes(tmp_path):
+    made = json.loads((write_blank_base(tmp_path) / "tokenizer.json").read_text())
+    assert made == json.loads((DEMO_BASE / "tokenizer.json").read_text())
+
+
+def test_a_kernel_that_cannot_be_used_is_named():
+    with pytest.raises(ValueError, match=r"attn_implementation 'flash_attention_9' cannot be used with 'demo': .*sdpa"):
+        load_model(VLMConfig(**BLANK, attn_implementation="flash_attention_9"))

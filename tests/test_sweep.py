@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +105,7 @@ def test_an_interrupted_sweep_goes_on_and_a_larger_grid_adds(
 
 
 def test_several_models_are_pooled(models: Path, shards: str, tmp_path: Path) -> None:
-    strength = ["--image", "1", "--system", "0", "--mode", "mass", "--max-samples", "5", *QUICK]
+    strength = ["--image", "1", "--system", "0", "--mode", "mass", "--max-samples", "5", "--max-new-tokens", "2"]
     assert main(["sweep", str(models / "seed_*"), shards, str(tmp_path), *strength]) == 0
     rows, result = lines(tmp_path), table(tmp_path)["mass image=1 system=0"]
     assert len(rows) == 2 * 2 * 5
@@ -141,6 +143,28 @@ def test_another_sweep_s_answers_are_not_mixed_in(models: Path, shards: str, tmp
     assert len(lines(tmp_path)) == 20
 
 
+def test_changed_shards_are_another_sweep(models: Path, tmp_path: Path, capsys: Any, make_data: Any) -> None:
+    shards = tmp_path / "shards"
+    shutil.copytree(make_data().val_folder, shards)
+    arguments = ["sweep", str(models / "seed_0"), str(shards), str(tmp_path / "out"), "--image", "1", "--system", "0"]
+    assert main([*arguments, *QUICK]) == 0
+    for tar in shards.glob("*.tar"):
+        os.utime(tar, (1, 1))
+    assert main([*arguments, *QUICK]) == 1
+    assert "holds a sweep with other data" in capsys.readouterr().err
+
+
+def test_a_mistake_deletes_nothing(models: Path, shards: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["sweep", str(models / "seed_0"), shards, str(out), "--image", "1", "--system", "0", *QUICK]
+    assert main([*arguments, "--layers", "9"]) == 1
+    assert not out.exists()
+    assert main(arguments) == 0
+    mistyped = ["sweep", str(models / "seed_9"), *arguments[2:], "--overwrite"]
+    assert main(mistyped) == 1
+    assert len(lines(out)) == 20
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -152,6 +176,8 @@ def test_another_sweep_s_answers_are_not_mixed_in(models: Path, shards: str, tmp
         ({"--layers": "9"}, "expected one or more of the decoder's layers 0 to 3"),
         ({"--system": "1.5"}, "expected 1 or less"),
         ({"--image": "0", "--system": "0"}, "steers nothing"),
+        ({"--attn-implementation": "flash_attention_9"}, "'flash_attention_9' cannot be used with"),
+        ({"--image": "0.5,0.5"}, "is in the grid more than once"),
         ({"--batch-size": "0"}, "batch_size is 0, expected at least 1"),
     ],
 )

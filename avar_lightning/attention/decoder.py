@@ -41,6 +41,18 @@ def find_vlm(module: nn.Module) -> PreTrainedModel:
     return found[0]
 
 
+def attention_layers(decoder: nn.Module) -> tuple[int, ...]:
+    """The decoder's layers whose attention is a softmax over its tokens: no cross-attention, no linear attention."""
+    modules = [module for module in decoder.modules() if hasattr(module, "layer_idx")]
+    named = {int(m.layer_idx) for m in modules if "Attention" in type(m).__name__ and not is_cross_attention(m)}  # type: ignore[arg-type]
+    return tuple(sorted(named))
+
+
+def is_cross_attention(module: nn.Module) -> bool:
+    """Whether a layer attends to something other than the forward's tokens, so that its keys have no roles."""
+    return "CrossAttention" in type(module).__name__
+
+
 def select_layers(layers: LayerSpec | None, num_layers: int) -> tuple[int, ...] | None:
     """The layers of a decoder that a specification means.
 

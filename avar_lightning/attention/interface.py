@@ -12,6 +12,7 @@ it is no dataclass, since FSDP2 rebuilds dataclasses that it finds in a forward'
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
@@ -44,7 +45,8 @@ def observe_attention(
     The masses are exact, float32 and differentiable when the forward is; attention dropout does not enter
     them. The model's own output is untouched, during and after. The record holds the last fresh forward and
     its cached continuations, so a whole `generate`, whose new tokens count as responses (also those that pad
-    a finished sequence). Contexts nest. Gradient checkpointing works as long as it is not the reentrant kind.
+    a finished sequence). Contexts nest. A compiled model runs eagerly inside, but under Flex, where nothing else
+    should be compiled. Gradient checkpointing works as long as it is not the reentrant kind.
     Under FSDP the masses' loss needs company: added to a loss of the forward's own output, whose backward gathers
     each layer's weights before the masses of that layer need them.
 
@@ -126,6 +128,7 @@ def steer_attention(
     image tokens whose logit is negative. It holds through a whole `generate`, whose new tokens count as responses.
     Strength 0 changes nothing, bit for bit; rows of the same layer that are not steered keep their exact attention.
     Contexts nest: with `observe_attention`, which then records the steered masses, and with others on other layers.
+    A compiled model runs eagerly inside, but under Flex, where nothing else should be compiled.
 
     Args:
         model: A Hugging Face VLM, or any module that holds one (PEFT, a LightningModule).
@@ -148,15 +151,17 @@ def steer_attention(
         >>> with steer_attention(model, prompt["role_ids"], image=0.3, layers="9-14"):  # doctest: +SKIP
         ...     tokens = model.generate(**inputs)
     """
-    rows = tuple(Role(role) for role in queries) if queries is not None and not isinstance(queries, str) else queries
+    rows = queries if queries is None or isinstance(queries, str) else tuple(queries)
     intervention = Intervention(image, system, mode, rows, layers, heads)
-    decoder = find_vlm(model).get_decoder()
+    vlm = find_vlm(model)
+    decoder = vlm.get_decoder()
     steerer = _Steerer(intervention, RoleTracker(role_ids, context="steer_attention"), decoder)
     if not intervention.active:
         yield
         return
     install(decoder)
-    with _hooked(decoder, steerer):
+    with _hooked(decoder, steerer), ExitStack() as outer:
+        outer.callback(vlm.register_forward_pre_hook(steerer.see_padding, with_kwargs=True).remove)
         yield
 
 
@@ -168,6 +173,12 @@ class _Steerer:
         asked = intervention.layers if intervention.heads is None else sorted(intervention.heads)
         self.layers = select_layers(asked, _num_layers(decoder))
         self.latest: ForwardSteering | None = None
+        self.padding: Any = None
+
+    def see_padding(self, vlm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the whole model, which still has the mask that some families turn into others."""
+        signature = inspect.signature(type(vlm).forward)
+        self.padding = signature.bind_partial(vlm, *args, **kwargs).arguments.get("attention_mask")
 
     def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Forward pre-hook of the decoder."""
@@ -175,7 +186,12 @@ class _Steerer:
         if followed is None:
             return args, kwargs
         role_ids, num_past = followed
-        is_last_BN = _is_last(role_ids, num_past, kwargs.get("attention_mask"))
+        is_last_BN = None
+        if self.intervention.queries == "last":
+            mask, self.padding = kwargs.get("attention_mask") if self.padding is None else self.padding, None
+            # What generates with a cache is padded on the left, whatever has become of its mask.
+            is_generating = kwargs.get("past_key_values") is not None and not _tells_padding(mask)
+            is_last_BN = _is_last(role_ids, num_past, None if is_generating else mask)
         self.latest = ForwardSteering(self.intervention, role_ids, num_past, self.layers, is_last_BN)
         return args, kwargs | {STEERINGS: (*kwargs.get(STEERINGS, ()), self.latest)}
 
@@ -189,6 +205,10 @@ class _Steerer:
 @contextmanager
 def _hooked(decoder: nn.Module, hooks: _Observer | _Steerer) -> Iterator[None]:
     with ExitStack() as stack:
+        # A compiled graph does not look whether hooks came or went, so inside a context the model runs eagerly; but for
+        # Flex, which without its own compilation would build the N×N matrix.
+        if not str(decoder.config._attn_implementation).endswith("flex_attention"):  # type: ignore[union-attr]
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.callback(decoder.register_forward_pre_hook(hooks.before, with_kwargs=True).remove)
         stack.callback(decoder.register_forward_hook(hooks.after, with_kwargs=True).remove)
         yield
@@ -207,11 +227,20 @@ def _check_reached(decoder: nn.Module, layers: tuple[int, ...] | None, done: set
 def _is_last(role_ids: Tensor, num_past: int, attention_mask: Any) -> Tensor:
     """True on the last row of each sample that is no padding, (B, rows)."""
     is_token = torch.ones_like(role_ids[:, num_past:], dtype=torch.bool)
-    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+    if _tells_padding(attention_mask):
         is_token = attention_mask[:, num_past : role_ids.shape[1]].bool().to(role_ids.device)
+    elif attention_mask is not None:
+        raise ValueError(
+            f'queries="last" cannot tell padding from an attention mask that is {type(attention_mask).__name__} '
+            f"{tuple(getattr(attention_mask, 'shape', ()))}, expected (batch, sequence); give the model such a one."
+        )
     position = torch.arange(is_token.shape[1], device=role_ids.device)
     last = torch.where(is_token, position, -1).amax(1, keepdim=True)
     return position == last
+
+
+def _tells_padding(attention_mask: Any) -> bool:
+    return isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
 
 
 def _num_layers(decoder: nn.Module) -> int:

@@ -133,7 +133,7 @@ def attention_of_rows(
     scale: float | None = None,
     with_probabilities: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention itself, for changes of the logits that no kernel makes; memory is one block of rows.
+    """Attention itself, for changes of the logits that no kernel makes; without gradients memory is one block of rows.
 
     Args:
         q_BHQD: Queries, as in `attention_mass`.

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from avar_lightning.attention.decoder import is_cross_attention
 from avar_lightning.attention.mass import attention_mass, attention_received
 from avar_lightning.attention.record import ForwardMasses
-from avar_lightning.attention.registry import AttentionCall, is_cross_attention
+from avar_lightning.attention.registry import AttentionCall
 from avar_lightning.attention.tracking import mask_of, roles_of_keys
 from avar_lightning.attention.visibility import QueryRows, Visibility, visibility_of
 

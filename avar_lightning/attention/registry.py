@@ -120,11 +120,6 @@ class AttentionCall:
         return None if self.steering is None else self.steering.change_of(self, rows)
 
 
-def is_cross_attention(module: nn.Module) -> bool:
-    """Whether a layer attends to something other than the forward's tokens, so that its keys have no roles."""
-    return "CrossAttention" in type(module).__name__
-
-
 def install(decoder: PreTrainedModel) -> None:
     """Point a text decoder at the wrapper of the implementation that it uses; nothing else changes.
 

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from avar_lightning.attention.decoder import LayerSpec
+from avar_lightning.attention.decoder import LayerSpec, is_cross_attention
 from avar_lightning.attention.mass import attention_of_rows
-from avar_lightning.attention.registry import AttentionCall, AttentionFunction, is_cross_attention
+from avar_lightning.attention.registry import AttentionCall, AttentionFunction
 from avar_lightning.attention.tracking import mask_of, roles_of_keys
 from avar_lightning.attention.visibility import QueryRows, visibility_of
 from avar_lightning.roles import Role
@@ -36,10 +36,13 @@ Mode = Literal["logit", "mass", "abs"]
 MODES: tuple[Mode, ...] = ("logit", "mass", "abs")
 
 NOTHING = -1000.0
-"""log of a weight of 0: a probability of 0 in every precision, and a number that float16 holds after scaling."""
+"""log of a weight of 0: a probability of 0 in every precision."""
 
 COLUMNS = 8
-"""Columns that a bias adds to queries and keys: two are used, kernels like multiples of eight."""
+"""Columns that a bias adds to queries and keys: three are used, kernels like multiples of eight."""
+
+LARGEST = 6e4
+"""What float16 still holds; a bias is divided by the scale of the logits before it becomes columns."""
 
 FLASH_HEAD_DIM = 256
 """The widest heads that FlashAttention takes."""
@@ -76,7 +79,7 @@ class Intervention:
         if isinstance(self.queries, str):
             if self.queries != "last":
                 raise ValueError(f'queries is {self.queries!r}, expected roles, "last", or None for every row.')
-        elif self.queries is not None and (not self.queries or not set(self.queries) <= set(Role)):
+        elif self.queries is not None and (not self.queries or not set(self.queries) <= set(map(int, Role))):
             known = ", ".join(f"Role.{role.name}" for role in Role)
             raise ValueError(f'queries is {list(self.queries)}, expected roles among {known}, "last", or None.')
         if self.heads is not None and (self.layers is not None or not self.heads):
@@ -141,6 +144,9 @@ class ForwardSteering:
         self.any_row = self.rows_BN is None or bool(self.rows_BN.any())
         self.every_row = self.rows_BN is None or bool(self.rows_BN.all())
         self.done: set[int] = set()
+        # What depends on the device and the number of keys alone is the same for all layers.
+        self._strengths: dict[tuple[torch.device, int], Tensor] = {}
+        self._rows: dict[torch.device, QueryRows] = {}
 
     def wants(self, module: nn.Module) -> bool:
         """Whether to steer this layer. The keys of cross-attention are no tokens with roles, so it is left alone."""
@@ -179,13 +185,19 @@ class ForwardSteering:
             scaled = (k_BMKD * factor_BK[:, None, :, None]).to(k_BMKD.dtype)
             steered = base(q_BHND, scaled, value, **kwargs)
         else:
+            if kwargs.get("dropout"):
+                raise ValueError(
+                    f'mode "abs" has no attention dropout, and the model wants {kwargs["dropout"]}; '
+                    "call model.eval(), or choose another mode."
+                )
             steered = self._block_by_block(call, value, with_weights=call.is_eager)
         if selected_BHN is None:
             return steered
         plain = base(q_BHND, k_BMKD, value, **kwargs)
         output = torch.where(selected_BHN.transpose(1, 2)[..., None], steered[0], plain[0])
-        if steered[1] is None or plain[1] is None:
-            return output, plain[1]
+        # Only probabilities (B, H, N, K) are put together; Flex returns its log-sum-exp in their place.
+        if steered[1] is None or plain[1] is None or plain[1].dim() != 4:
+            return output, None
         return output, torch.where(selected_BHN[..., None], steered[1], plain[1])
 
     def _with_bias(
@@ -200,11 +212,12 @@ class ForwardSteering:
                 f'{FLASH_HEAD_DIM}; choose mode "logit", or load the model with attn_implementation="sdpa".'
             )
         scale = head_dim**-0.5 if call.scale is None else call.scale
-        bias_BK = _log_weight(self._strength(call)) / scale
-        # Two columns, so that 16 bits lose nothing of the bias that the softmax would notice.
-        high_BK = bias_BK.to(k_BMKD.dtype)
-        low_BK = (bias_BK - high_BK).to(k_BMKD.dtype)
-        columns = pad(torch.stack([high_BK, low_BK], dim=-1)[:, None], (0, COLUMNS - 2))
+        bias_BK = (_log_weight(self._strength(call)) / scale).clamp(-LARGEST, LARGEST)
+        # Of 8 bits each, so that nothing that the softmax would notice is lost in 16 bits, nor under autocast.
+        high_BK = bias_BK.bfloat16().float()
+        middle_BK = (bias_BK - high_BK).bfloat16().float()
+        parts = torch.stack([high_BK, middle_BK, bias_BK - high_BK - middle_BK], dim=-1)
+        columns = pad(parts.to(k_BMKD.dtype)[:, None], (0, COLUMNS - 3))
         k_extended = torch.cat([k_BMKD, columns.expand(-1, k_BMKD.shape[1], -1, -1)], dim=-1)
         selected = self._selected(call)
         ones = q_BHND.new_ones(1, 1, 1) if selected is None else selected.to(q_BHND.dtype)
@@ -218,9 +231,7 @@ class ForwardSteering:
         self, call: AttentionCall, value: Tensor, *, with_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of the steered rows by its definition; zero in other rows."""
-        batch, _, num_rows, _ = call.q_BHND.shape
-        rows_BN = call.q_BHND.new_ones(batch, num_rows, dtype=torch.bool) if self.rows_BN is None else self.rows_BN
-        rows = QueryRows(rows_BN.to(call.q_BHND.device))
+        rows = self._rows_on(call)
         output_BHQD, probs_BHQK = attention_of_rows(
             rows.gather(call.q_BHND),
             call.k_BMKD,
@@ -233,12 +244,24 @@ class ForwardSteering:
         weights = None if probs_BHQK is None else rows.scatter(probs_BHQK)
         return rows.scatter(output_BHQD).transpose(1, 2).contiguous(), weights
 
+    def _rows_on(self, call: AttentionCall) -> QueryRows:
+        """The steered rows, on the device of the layer."""
+        device = call.q_BHND.device
+        if device not in self._rows:
+            batch, _, num_rows, _ = call.q_BHND.shape
+            rows_BN = torch.ones(batch, num_rows, dtype=torch.bool) if self.rows_BN is None else self.rows_BN
+            self._rows[device] = QueryRows(rows_BN.to(device))
+        return self._rows[device]
+
     def _strength(self, call: AttentionCall) -> Tensor:
         """a_j of every key (B, K), float32."""
-        roles_BK = roles_of_keys(self.role_ids, call.k_BMKD.shape[2]).to(call.k_BMKD.device)
-        strength_BK = torch.zeros(roles_BK.shape, device=roles_BK.device)
-        strength_BK.masked_fill_(roles_BK == Role.IMAGE, self.intervention.image)
-        return strength_BK.masked_fill_(roles_BK == Role.SYSTEM, -self.intervention.system)
+        key = (call.k_BMKD.device, call.k_BMKD.shape[2])
+        if key not in self._strengths:
+            roles_BK = roles_of_keys(self.role_ids, key[1]).to(key[0])
+            strength_BK = torch.zeros(roles_BK.shape, device=key[0], dtype=torch.float32)
+            strength_BK.masked_fill_(roles_BK == Role.IMAGE, self.intervention.image)
+            self._strengths[key] = strength_BK.masked_fill_(roles_BK == Role.SYSTEM, -self.intervention.system)
+        return self._strengths[key]
 
     def _selected(self, call: AttentionCall) -> Tensor | None:
         """Which rows and heads are steered (B or 1, H or 1, N), or None for all."""

@@ -20,6 +20,9 @@ _METRICS = {
 }
 """Metric → heading, factor to the shown unit."""
 
+MOST_ROWS = 60
+"""Settings that `plot_differences` shows; of more, those whose accuracy changed most."""
+
 
 def plot_differences(results: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Draw the change of accuracy and of VAS under each setting, with its 95 % interval.
@@ -31,6 +34,10 @@ def plot_differences(results: Mapping[str, Mapping[str, Any]]) -> Figure:
         ValueError: There is no setting but `unsteered`.
     """
     steered = {name: result for name, result in results.items() if name != "unsteered"}
+    num_settings = len(steered)
+    if num_settings > MOST_ROWS:
+        largest = sorted(steered, key=lambda name: -abs(steered[name]["accuracy_difference"].mean))[:MOST_ROWS]
+        steered = {name: result for name, result in steered.items() if name in largest}
     if not steered:
         raise ValueError("results has no steered setting, expected at least one.")
     with new_figure(10.0, 1.5 + 0.34 * len(steered)) as figure:
@@ -51,7 +58,10 @@ def plot_differences(results: Mapping[str, Mapping[str, Any]]) -> Figure:
             axes.tick_params(axis="y", length=0)
         panels[0].set_yticks(range(len(steered)), list(steered))
         panels[0].set_ylim(len(steered) - 0.5, -0.5)
-        figure.supxlabel("mean paired difference to unsteered, 95 % bootstrap interval; grey: it holds 0", fontsize=9)
+        note = f"; the {MOST_ROWS} largest changes of {num_settings}" if num_settings > MOST_ROWS else ""
+        figure.supxlabel(
+            f"mean paired difference to unsteered, 95 % bootstrap interval; grey: it holds 0{note}", fontsize=9
+        )
     return figure
 
 

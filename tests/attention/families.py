@@ -48,6 +48,17 @@ class Family:
     attn: tuple[str, ...] = ("eager", "sdpa")
 
 
+def padded_on_the_right(inputs: Inputs, roles: Tensor) -> tuple[Inputs, Tensor]:
+    """The same batch with its padding on the other side."""
+    sequences = {name for name, x in inputs.items() if x.shape[:2] == roles.shape}
+
+    def turn(x: Tensor) -> Tensor:
+        spare = (inputs["attention_mask"] == 0).sum(1).tolist()
+        return torch.stack([row.roll(-count, 0) for row, count in zip(x, spare, strict=True)])
+
+    return {name: turn(x) if name in sequences else x for name, x in inputs.items()}, turn(roles)
+
+
 def tokens(num_image: int) -> tuple[Inputs, Tensor]:
     """Two samples of system, image, user and response tokens, the second padded on the left."""
     length = 9 + num_image

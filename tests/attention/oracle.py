@@ -98,3 +98,20 @@ def expected(
         out = twin(**inputs, output_attentions=True)
     kinds = [a for a in out.attentions if a is not None and a.shape[-1] == steered.role_ids.shape[1]]
     return out.logits, torch.stack([mass_of_probabilities(a, steered.role_ids, keys) for a in kinds])
+
+
+class Growing:
+    """Stands for `role_ids` in `Steered` while a twin generates without a cache: every new token is a response."""
+
+    def __init__(self, role_ids: Tensor, twin: PreTrainedModel) -> None:
+        self.role_ids, self.extra = role_ids, 0
+        twin.get_decoder().register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, decoder: nn.Module, args: Any, kwargs: Any) -> None:
+        inputs = kwargs.get("inputs_embeds") if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
+        self.extra = inputs.shape[1] - self.role_ids.shape[1]
+
+    def __eq__(self, role: object) -> Any:
+        return torch.nn.functional.pad(self.role_ids, (0, self.extra), value=int(Role.RESPONSE)) == role
+
+    __hash__ = None  # type: ignore[assignment]

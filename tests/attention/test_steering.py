@@ -8,14 +8,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import tests.attention.test_registry  # registers fake_flash_attention_2  # noqa: F401
 from avar_lightning.attention import observe_attention, select_layers, steer_attention
 from avar_lightning.attention.reference import mass_of_probabilities
 from avar_lightning.attention.steering import MODES
 from avar_lightning.roles import Role
-from tests.attention.oracle import Steered, expected, oracle
+from tests.attention.oracle import Growing, Steered, expected, oracle
 from tests.factories import IMAGE_TOKEN, VISION_END, VISION_START, Batch, Conversation, make_batch, tiny_vlm
 
 EVERY_ROLE = tuple(Role)
@@ -186,21 +187,8 @@ def test_beams_are_steered() -> None:
     assert not tokens.equal(plain)
     # Without a cache, each step is a forward over the whole beam by the oracle.
     twin = with_attn(tiny_vlm(), "oracle")
-    roles = batch.role_ids.repeat_interleave(3, dim=0)
-
-    class Growing:
-        """The roles of a beam's tokens, as many as there are by now."""
-
-        def __eq__(self, role: object) -> Any:
-            return torch.nn.functional.pad(roles, (0, self.extra), value=int(Role.RESPONSE)) == role
-
-    growing = Growing()
-
-    def count(module: Any, args: Any, kwargs: Any) -> None:
-        growing.extra = kwargs["inputs_embeds"].shape[1] - roles.shape[1]
-
-    twin.get_decoder().register_forward_pre_hook(count, with_kwargs=True)
-    with oracle(Steered(growing, 0.5, 0.7, "mass")):  # type: ignore[arg-type]
+    growing: Any = Growing(batch.role_ids.repeat_interleave(3, dim=0), twin)
+    with oracle(Steered(growing, 0.5, 0.7, "mass")):
         assert twin.generate(**batch.inputs, **GENERATION, num_beams=3, use_cache=False).equal(tokens)
 
 
@@ -280,7 +268,8 @@ def test_contexts_on_different_layers_add_up_and_on_the_same_are_refused() -> No
         ({"system": 1.2}, "system is 1.2, which makes its weight -0.2; expected 1 or less"),
         ({"image": -1.5}, "image is -1.5, which makes its weight -0.5; expected -1 or more"),
         ({"image": float("nan")}, "image is nan"),
-        ({"queries": (9,)}, "queries|Role"),
+        ({"queries": (9,)}, r"queries is \[9\], expected roles among Role.OTHER"),
+        ({"queries": ()}, r"queries is \[\], expected roles among"),
         ({"queries": "first"}, "queries is 'first', expected roles, \"last\""),
         ({"layers": [7]}, r"layers is \[7\], expected one or more of the decoder's layers 0 to 1"),
         ({"layers": "1-5"}, "layers is '1-5', expected one or more of the decoder's layers 0 to 1"),
@@ -337,3 +326,145 @@ def test_observed_layers_may_be_text_too() -> None:
     with observe_attention(model, batch.role_ids, layers="0.5-1.0") as record:
         model(**batch.inputs)
     assert record.layers == (1,)
+
+
+def test_weights_of_4_bits_are_steered() -> None:
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    batch = make_batch(*MIXED)
+    model, dequantized = tiny_vlm(), tiny_vlm()
+    for quantized, plain in zip(model.get_decoder().modules(), dequantized.get_decoder().modules(), strict=True):
+        for name, child in list(quantized.named_children()):
+            if isinstance(child, torch.nn.Linear):
+                layer = Linear4bit(child.in_features, child.out_features, child.bias is not None, quant_type="nf4")
+                layer.load_state_dict(child.state_dict())
+                setattr(quantized, name, layer.to("cpu"))
+                weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+                getattr(plain, name).weight.data.copy_(weight)
+    real = batch.inputs["attention_mask"].bool()
+    for mode in MODES:
+        outputs = []
+        for either in (model, dequantized):
+            with torch.no_grad(), steer_attention(either, batch.role_ids, image=0.5, system=0.7, mode=mode):
+                outputs.append(either(**batch.inputs).logits[real])
+        torch.testing.assert_close(*outputs, rtol=1e-2, atol=1e-2)
+
+
+def log_sum_exp_too(module: Any, *tensors: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """What Flex returns on a GPU: a log-sum-exp (B, H, N) where eager has probabilities."""
+    output, _ = sdpa_attention_forward(module, *tensors, **kwargs)
+    return output, output.new_zeros(output.shape[0], output.shape[2], output.shape[1])
+
+
+AttentionInterface.register("log_sum_exp_too", log_sum_exp_too)
+AttentionMaskInterface.register("log_sum_exp_too", AttentionMaskInterface()["sdpa"])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_kernel_that_returns_its_log_sum_exp(mode: Any) -> None:
+    batch = make_batch(*MIXED)
+    steered = Steered(batch.role_ids, 0.5, 0.7, mode, rows=rows_of(batch, ROWS["text"]))
+    assert_matches(with_attn(tiny_vlm(), "log_sum_exp_too"), batch, steered, ROWS["text"])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_low_default_dtype_does_not_round_strengths(mode: Any) -> None:
+    batch, model = make_batch(*MIXED), tiny_vlm()
+    logits = []
+    for dtype in (torch.float32, torch.bfloat16):  # as Lightning sets it under bf16-true
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.no_grad(), steer_attention(model, batch.role_ids, image=0.003, system=0.002, mode=mode):
+                logits.append(model(**batch.inputs).logits)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(*logits, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_autocast(mode: Any) -> None:
+    batch, model = make_batch(*MIXED), tiny_vlm()
+    real = batch.inputs["attention_mask"].bool()
+    exact, masses = expected(tiny_vlm, batch.inputs, Steered(batch.role_ids, 0.02, 0.01, mode), KEYS)
+    plain_exact, _ = expected(tiny_vlm, batch.inputs, Steered(batch.role_ids, 0.0, 0.0, mode), KEYS)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        plain = model(**batch.inputs).logits
+        with (
+            observe_attention(model, batch.role_ids, queries=EVERY_ROLE, keys=KEYS) as record,
+            steer_attention(model, batch.role_ids, image=0.02, system=0.01, mode=mode),
+        ):
+            steered = model(**batch.inputs).logits
+    error, unsteered = ((a.double() - b)[real].abs().mean() for a, b in ((steered, exact), (plain, plain_exact)))
+    assert error <= 2 * unsteered
+    assert record.stacked().dtype == torch.float32
+    assert (record.stacked()[0].double() - masses[0])[real.nonzero()[:, 0]].abs().mean() < 0.02
+
+
+def test_columns_carry_a_bias_that_bfloat16_would_round() -> None:
+    batch = make_batch(*MIXED)
+    model = tiny_vlm(dtype=torch.bfloat16)
+    seen: list[Tensor] = []
+
+    def spy(module: Any, query: Tensor, key: Tensor, *rest: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+        seen.append((query[..., 8:].float() @ key.repeat_interleave(2, 1)[..., 8:].float().mT) * kwargs["scaling"])
+        return sdpa_attention_forward(module, query, key, *rest, **kwargs)
+
+    AttentionInterface.register("columns_spy", spy)
+    AttentionMaskInterface.register("columns_spy", AttentionMaskInterface()["sdpa"])
+    with_attn(model, "columns_spy")
+    with torch.no_grad(), steer_attention(model, batch.role_ids, image=0.15, system=1.0, mode="mass"):
+        model(**batch.to(torch.bfloat16).inputs)
+    bias = seen[0][:, 0, 0]
+    assert bias[batch.role_ids == Role.IMAGE].sub(torch.tensor(1.15).log()).abs().max() < 1e-5
+    assert bias[batch.role_ids == Role.SYSTEM].max() < -900
+    assert bias[batch.role_ids == Role.USER].eq(0).all()
+
+
+def test_a_compiled_model_is_steered_and_then_not() -> None:
+    batch, model = make_batch(*MIXED), tiny_vlm()
+    with torch.no_grad():
+        plain = model(**batch.inputs).logits
+        with steer_attention(model, batch.role_ids):
+            steered = model(**batch.inputs).logits
+        model.forward = torch.compile(model.forward, backend="eager")
+        for _ in range(2):
+            torch.testing.assert_close(model(**batch.inputs).logits, plain)
+            with steer_attention(model, batch.role_ids):
+                torch.testing.assert_close(model(**batch.inputs).logits, steered)
+
+
+def test_dropout_under_abs_is_refused() -> None:
+    batch, model = make_batch(*MIXED), tiny_vlm(attention_dropout=0.1).train()
+    with (
+        pytest.raises(ValueError, match=r"the model wants 0.1; call model.eval"),
+        steer_attention(model, batch.role_ids, mode="abs"),
+    ):
+        model(**batch.inputs)
+
+
+def test_last_needs_a_mask_that_tells_padding() -> None:
+    batch, model = make_batch(*MIXED), tiny_vlm()
+    length = batch.role_ids.shape[1]
+    embeddings = model.get_input_embeddings()(batch.inputs["input_ids"])
+    mask = torch.ones(3, 1, length, length, dtype=torch.bool).tril()
+    with (
+        pytest.raises(ValueError, match="give the model such a one"),
+        steer_attention(model, batch.role_ids, queries="last"),
+    ):
+        model.get_decoder()(inputs_embeds=embeddings, attention_mask=mask)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rows", ROWS)
+def test_on_a_gpu(mode: Any, rows: str) -> None:
+    batch = make_batch(*MIXED, padding_side="left")
+    steered = Steered(batch.role_ids, 0.5, 0.7, mode, rows=rows_of(batch, ROWS[rows]))
+    logits, _ = expected(tiny_vlm, batch.inputs, steered, KEYS)
+    model, real = tiny_vlm().cuda(), batch.inputs["attention_mask"].bool()
+    inputs = {name: x.cuda() for name, x in batch.inputs.items()}
+    options: Any = {"image": 0.5, "system": 0.7, "mode": mode, "queries": ROWS[rows]}
+    with torch.no_grad(), steer_attention(model, batch.role_ids.cuda(), **options):
+        ours = model(**inputs).logits.cpu()
+    torch.testing.assert_close(ours[real].double(), logits[real], rtol=1e-3, atol=5e-4)

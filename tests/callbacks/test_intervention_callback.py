@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from avar_lightning.callbacks import InterventionCallback
 from avar_lightning.interventions import UNSTEERED, Setting, answer, paired_difference, prompt_of
 from avar_lightning.model import VLMConfig, load_model
 from avar_lightning.processing import load_processor
+from tests.attention.families import FAMILIES
 
 METRICS = ["accuracy", "vas", "vas_ratio_of_means", "vas_response", "vas_ratio_of_means_response"]
 
@@ -82,7 +85,7 @@ def test_one_setting(tmp_path: Path, batches: list[dict[str, Any]], stage: str) 
             for batch in batches
             for row in answer(
                 module.net,
-                prompt_of(batch, batch["role_ids"], 0),
+                prompt_of(batch, batch["role_ids"], module.net, 0),
                 one,
                 processor=module.processor,
                 max_new_tokens=4,
@@ -118,6 +121,7 @@ def test_the_module_s_own_metrics_and_weights_are_untouched(tmp_path: Path, batc
 def test_foreign_batches_without_prompts_roles_or_columns(tmp_path: Path, batches: list[dict[str, Any]]) -> None:
     bare = [{k: v for k, v in b.items() if k not in ("prompt", "role_ids", "columns", "labels")} for b in batches]
     for batch in bare:
+        batch |= {"id": ["x"] * 5, "source": ["y"] * 5}
         batch["mm_token_type_ids"] = (batch["input_ids"] == Foreign().net.config.image_token_id).long()
     callback = InterventionCallback(max_new_tokens=3, reward=length_reward)
     _, report = run(tmp_path / "bare", callback, bare)
@@ -184,3 +188,62 @@ def test_arguments_without_meaning(options: dict[str, Any], says: str) -> None:
 def test_nothing_to_decode_with(tmp_path: Path, batches: list[dict[str, Any]]) -> None:
     with pytest.raises(ValueError, match="give InterventionCallback a `processor`"):
         run(tmp_path, InterventionCallback(), batches, module=Foreign(processor=False))
+
+
+def test_two_processes_measure_what_one_does(tmp_path: Path, batches: list[dict[str, Any]]) -> None:
+    options: dict[str, Any] = {"image": 3.0, "mode": "mass", "max_new_tokens": 2, "reward": length_reward}
+    one, _ = run(tmp_path / "one", InterventionCallback(**options), batches)
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        files = [tmp_path / f"{rank}.pt" for rank in range(2)]
+        torch.save(batches, tmp_path / "batches.pt")
+        pool.starmap(measure_on_rank, [(rank, tmp_path, options | {"reward": None}, files[rank]) for rank in range(2)])
+    both = [torch.load(file) for file in files]
+    for name, value in one.items():
+        if name.startswith("val/"):
+            assert both[0][name] == both[1][name]
+            assert both[0][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+def measure_on_rank(rank: int, folder: Path, options: dict[str, Any], output: Path) -> None:
+    """One of two processes, with one of the two batches."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29500 + os.getppid() % 2000)}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/meeting")
+    callback = InterventionCallback(**options | {"reward": length_reward})
+    mine = torch.load(folder / "batches.pt", weights_only=False)[rank : rank + 1]
+    trainer = L.Trainer(
+        default_root_dir=folder / f"rank_{rank}",
+        callbacks=[callback],
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.validate(Foreign(), DataLoader(mine, batch_size=None), verbose=False)  # type: ignore[arg-type]
+    torch.save({name: float(value) for name, value in trainer.callback_metrics.items()}, output)
+
+
+def test_ablations_of_a_model_with_cross_attention_leave_it_out(tmp_path: Path) -> None:
+    family = FAMILIES["Llama-3.2-Vision"]
+    inputs, roles = family.make()
+
+    class Module(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = family.build()
+
+        def validation_step(self, batch: dict[str, Any], index: int) -> None:
+            pass
+
+    class Tokenizer:
+        pad_token_id, eos_token_id = 0, 2
+        apply_chat_template = None
+
+        def batch_decode(self, tokens: Any, **_: Any) -> list[str]:
+            return [str(row) for row in tokens.tolist()]
+
+    module = Module()
+    module.tokenizer = Tokenizer()
+    batch = inputs | {"role_ids": roles, "columns": [{"answer": "1"}] * 2}
+    _, report = run(tmp_path, InterventionCallback(ablation="layers", max_new_tokens=1), [batch], module=module)
+    assert list(report["settings"]) == ["unsteered", "all layers", "without layer 0", "without layer 2"]
