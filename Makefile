@@ -7,7 +7,7 @@ TORCH_INDEX ?=
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: train test test-slow lint bench table demo-base clean
+.PHONY: train test test-slow lint bench table sweep demo-base clean
 
 train: $(READY)
 	$(PYTHON) train.py fit --config configs/avar_sft.yaml
@@ -31,6 +31,12 @@ bench: $(READY)
 # The measured table of the README: every guidance form and query set, several seeds (about two hours on 2 cores).
 table: $(READY)
 	$(PYTHON) benchmarks/guidance_table.py
+
+# The paper's intervention on the newest model of `make train`: 23 settings on the 200 validation questions.
+sweep: $(READY)
+	@ls -d runs/avar_sft/version_*/hf >/dev/null 2>&1 || { echo "error: no trained model in runs/avar_sft; run make train first."; exit 1; }
+	$(VENV)/bin/avar sweep "$$(ls -td runs/avar_sft/version_*/hf | head -1)" "$$(ls -td data/demo/world-*/val-anchored-200-* | head -1)" runs/sweep \
+		--image 0,0.15,0.3 --system 0,0.05,0.4,0.6 --mode logit,mass --max-new-tokens 128 --batch-size 100 --overwrite
 
 # Rebuild the embedded base model: tokenizer and configuration, then two stages of pretraining.
 demo-base: $(READY)
