@@ -26,8 +26,8 @@ GuidanceForm = Literal["none", "published", "share", "hinge"]
 class GuidanceConfig:
     """The attention-guided auxiliary loss of supervised fine-tuning."""
 
-    form: GuidanceForm = "share"
-    """`published` (the paper's log terms), `share` (bounded), `hinge` (share up to `target`), `none` (plain SFT)."""
+    form: GuidanceForm = "hinge"
+    """`hinge` (image share up to `target`), `share` (bounded), `published` (the paper's log terms), `none` (plain SFT)."""
     alpha: float = 0.15
     """`published`: weight of the term that raises attention to the image."""
     beta: float = 0.15
