@@ -27,7 +27,7 @@ class GuidanceConfig:
     """The attention-guided auxiliary loss of supervised fine-tuning."""
 
     form: GuidanceForm = "hinge"
-    """`hinge` (image share up to `target`), `share` (bounded), `published` (the paper's log terms), `none` (plain SFT)."""
+    """`hinge` (image share up to `target`), `share` (bounded), `published` (the paper's), `none` (plain SFT)."""
     alpha: float = 0.15
     """`published`: weight of the term that raises attention to the image."""
     beta: float = 0.15
