@@ -28,7 +28,7 @@ bench: $(READY)
 	$(PYTHON) benchmarks/attention_memory.py
 	$(PYTHON) benchmarks/steering_overhead.py
 
-# The measured table of the README: every guidance form and query set, several seeds (about two hours on 2 cores).
+# The measured table of the README: every guidance form and query set, several seeds (three quarters of an hour on 2 cores).
 table: $(READY)
 	$(PYTHON) benchmarks/guidance_table.py
 
