@@ -13,7 +13,7 @@ train: $(READY)
 	$(PYTHON) train.py fit --config configs/avar_sft.yaml
 
 test: $(READY)
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2
 
 test-slow: $(READY)
 	$(PYTHON) -m pytest -m slow

@@ -24,7 +24,7 @@ FIRST_PARTY = {"avar_lightning", "tests"} | {path.stem for path in (ROOT / "benc
 BEHIND_ONE_FILE = {"matplotlib": "avar_lightning/report/figure.py"}
 NOT_IMPORTED_BY_US = {
     "tensorboard",  # what TensorBoardLogger, which is in every recipe, writes with
-    *("pytest-timeout", "ruff", "mypy", "import-linter"),  # a plugin and programs
+    *("pytest-timeout", "pytest-xdist", "ruff", "mypy", "import-linter"),  # a plugin and programs
     "setuptools",  # builds the wheel that tests/test_wheel.py tries
 }
 
