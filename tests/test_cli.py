@@ -151,7 +151,7 @@ def test_missing_shards_are_named(tmp_path, capsys):
         BASE,
         *BLANK_DEMO,
         "--trainer.accelerator=cpu",
-        f"--trainer.default_root_dir={tmp_path}",
+        f"--trainer.logger.init_args.save_dir={tmp_path}",
         *data,
     ]
     assert "none-" in refused(capsys, args, 1)

@@ -9,12 +9,16 @@ from matplotlib import pyplot
 from matplotlib.colors import LogNorm, Normalize
 from PIL import Image
 
+from avar_lightning.interventions import Difference
 from avar_lightning.report import (
     format_number,
+    interventions_table,
     needs_log_scale,
     plot_attention_shares,
+    plot_differences,
     plot_overlay,
     plot_results,
+    plot_sweep,
     plot_vas_map,
     render,
     results_table,
@@ -133,3 +137,53 @@ def test_missing_matplotlib_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         plot_vas_map([[1.0]])
+
+
+def outcome(accuracy: float, change: Difference) -> dict:
+    vas = dict.fromkeys(("vas_ratio_of_means", "vas_ratio_of_means_response"), 2.0)
+    undefined = {f"{name}_difference": Difference(math.nan, math.nan, math.nan, 0) for name in vas}
+    return vas | undefined | {"accuracy": accuracy, "accuracy_difference": change}
+
+
+BETTER, UNCERTAIN = Difference(0.1, 0.05, 0.2, 9), Difference(-0.02, -0.1, 0.06, 9)
+OUTCOMES = {"unsteered": outcome(0.5, Difference(0, 0, 0, 9)), "a": outcome(0.6, BETTER), "b": outcome(0.48, UNCERTAIN)}
+
+
+def test_the_table_of_interventions_marks_what_leaves_out_zero() -> None:
+    lines = interventions_table(OUTCOMES).splitlines()
+    assert lines[2].startswith("| unsteered | 50.0 |  | 2.0 |")
+    assert lines[3].startswith("| a | 60.0 | +10.00 (+5.00 to +20.00) * | 2.0 | – |")
+    assert lines[4].startswith("| b | 48.0 | -2.00 (-10.00 to +6.00) | 2.0 | – |")
+
+
+def test_differences_are_drawn_with_their_intervals() -> None:
+    axes = plot_differences(OUTCOMES).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+    ends = [segment[:, 0].tolist() for lines in axes.collections for segment in lines.get_segments()]
+    assert ends == [pytest.approx([5, 20]), pytest.approx([-10, 6])]
+    assert len({str(lines.get_color()) for lines in axes.collections}) == 2, "an interval that holds 0 is grey"
+    with pytest.raises(ValueError, match="no steered setting"):
+        plot_differences({"unsteered": OUTCOMES["unsteered"]})
+
+
+def test_of_many_settings_the_largest_changes_are_drawn() -> None:
+    many = {f"{n}": outcome(0.5, Difference(n / 1000, 0, 1, 9)) for n in range(100)}
+    axes = plot_differences(OUTCOMES | many).axes[0]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert len(names) == 60
+    assert {"a", "99", "50"} <= set(names)
+    assert "0" not in names
+
+
+def test_a_sweep_is_a_heat_map_of_changes_around_the_unsteered_cell() -> None:
+    rows = [
+        {"mode": "mass", "image": 0.3, "system": 0.0} | OUTCOMES["a"],
+        {"mode": "mass", "image": 0.0, "system": 0.4} | OUTCOMES["b"],
+    ]
+    axes = plot_sweep(rows, "accuracy", reference=0.5).axes[0]
+    shown = np.ma.filled(axes.images[0].get_array(), np.nan)
+    np.testing.assert_allclose(shown, [[0, -2], [10, np.nan]], atol=1e-12)
+    assert axes.images[0].norm.vmax == pytest.approx(10)
+    assert {text.get_text() for text in axes.texts} == {"50.0", "60.0\n+10*", "48.0\n-2"}
+    with pytest.raises(ValueError, match="rows is empty"):
+        plot_sweep([], "accuracy", reference=0.5)

@@ -51,16 +51,15 @@ def plot_differences(results: Mapping[str, Mapping[str, Any]]) -> Figure:
                 colour = "#999999" if not change.significant else "#009E73" if change.mean > 0 else "#D55E00"
                 axes.hlines(row, factor * change.low, factor * change.high, color=colour, linewidth=3, alpha=0.5)
                 axes.plot([factor * change.mean], [row], "o", color=colour, markersize=6)
-            axes.set_title(
-                f"Change of {heading[0].lower()}{heading[1:]}" if heading[1] != "A" else f"Change of {heading}"
-            )
+            axes.set_title(heading)
             axes.grid(axis="x", color="#E5E5E5", linewidth=0.8)
             axes.tick_params(axis="y", length=0)
         panels[0].set_yticks(range(len(steered)), list(steered))
         panels[0].set_ylim(len(steered) - 0.5, -0.5)
         note = f"; the {MOST_ROWS} largest changes of {num_settings}" if num_settings > MOST_ROWS else ""
         figure.supxlabel(
-            f"mean paired difference to unsteered, 95 % bootstrap interval; grey: it holds 0{note}", fontsize=9
+            f"change against unsteered: mean paired difference, 95 % bootstrap interval; grey: it holds 0{note}",
+            fontsize=9,
         )
     return figure
 
