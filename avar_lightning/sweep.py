@@ -154,7 +154,7 @@ def _answer_all(
     loader = data.predict_dataloader()
     pad_token_id = loader.reader.collator.pad_token_id
     start, total = 0, _length(loader, config)
-    with tqdm(total=None if total is None else total * len(settings), desc=Path(name).name, unit="batch") as bar:
+    with tqdm(total=None if total is None else total * len(settings), desc="/".join(Path(name).parts[-2:]), unit="batch") as bar:
         for batch in loader:
             if config.max_samples is not None and start >= config.max_samples:
                 break
