@@ -26,6 +26,8 @@ from avar_lightning.report import interventions_table, plot_differences, plot_sw
 from avar_lightning.sft import SFTModule
 
 ANSWERS, ABOUT = "answers.jsonl", "sweep.json"
+# Columns of a difference in the CSV, where the metric's own mean stands beside them.
+NAMES = {"mean": "difference", "low": "low", "high": "high", "num_pairs": "num_pairs"}
 PICTURES = {
     "accuracy": "Accuracy (%)",
     "vas_ratio_of_means": "VAS of user tokens (ratio of means)",
@@ -154,7 +156,9 @@ def _answer_all(
     loader = data.predict_dataloader()
     pad_token_id = loader.reader.collator.pad_token_id
     start, total = 0, _length(loader, config)
-    with tqdm(total=None if total is None else total * len(settings), desc="/".join(Path(name).parts[-2:]), unit="batch") as bar:
+    with tqdm(
+        total=None if total is None else total * len(settings), desc="/".join(Path(name).parts[-2:]), unit="batch"
+    ) as bar:
         for batch in loader:
             if config.max_samples is not None and start >= config.max_samples:
                 break
@@ -250,7 +254,7 @@ def _write(folder: Path, settings: Sequence[Setting], results: Mapping[str, Mapp
         for metric in METRICS:
             difference = result[f"{metric}_difference"]
             row |= {metric: result[metric], f"{metric}_sd_of_models": result[f"{metric}_sd"]}
-            row |= {f"{metric}_{name}": value for name, value in asdict(difference).items()}
+            row |= {f"{metric}_{NAMES[name]}": value for name, value in asdict(difference).items()}
             row[f"{metric}_significant"] = difference.significant
         table.append(row)
     with (folder / "results.csv").open("w", newline="") as file:

@@ -65,6 +65,7 @@ def test_a_sweep_writes_answers_table_and_pictures(models: Path, shards: str, tm
         after = [by[setting, sample]["vas"] for sample in range(10)]
         assert float(result["vas"]) == pytest.approx(sum(after) / 10)
         difference = paired_difference(before, after)
+        assert float(result["vas_difference"]) == pytest.approx(difference.mean)
         assert float(result["vas_low"]) == pytest.approx(difference.low)
         assert result["vas_significant"] == str(difference.significant)
     for name in ("accuracy", "vas_ratio_of_means", "vas_ratio_of_means_response", "differences"):
