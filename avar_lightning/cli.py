@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -14,7 +13,8 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
-from avar_lightning.errors import condense, own_sentence
+from avar_lightning.errors import condense, told
+from avar_lightning.files import write_json, write_jsonl
 
 SUMMARY_ROWS = (
     ("accuracy", "val/accuracy", "{:.3f}"),
@@ -56,11 +56,8 @@ class AvarCLI(LightningCLI):
         trainer = self.trainer
         batches = trainer.predict_loop.predictions
         folder = Path(trainer.log_dir or trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"predictions_{trainer.global_rank}.jsonl"
-        partial = path.with_suffix(".tmp")
-        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for batch in batches for row in batch))
-        partial.replace(path)
+        write_jsonl(path, (row for batch in batches for row in batch))
         rank_zero_info(f"predictions  {path}")
 
     def after_fit(self) -> None:
@@ -71,11 +68,8 @@ class AvarCLI(LightningCLI):
         trying = getattr(trainer, "fast_dev_run", False)
         exported = None if trying else export(trainer, self.model, folder / "hf")
         if not trying and trainer.is_global_zero:
-            folder.mkdir(parents=True, exist_ok=True)
             summary = {"before": before, "after": after, "steps": trainer.global_step, "seconds": seconds}
-            partial = folder / "summary.json.tmp"
-            partial.write_text(json.dumps(summary, indent=1) + "\n")
-            partial.replace(folder / "summary.json")
+            write_json(folder / "summary.json", summary)
         rank_zero_info(summary_table(trainer, before, after, seconds, exported))
 
 
@@ -138,9 +132,7 @@ def main(args: list[str] | None = None) -> int:
             args=args,
         )
     except Exception as error:
-        sentence = own_sentence(error)
-        if sentence is None:
+        if not told(error):
             raise
-        print(f"error: {sentence}", file=sys.stderr)
         return 1
     return 0

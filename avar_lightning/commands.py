@@ -10,7 +10,7 @@ from glob import glob
 from typing import Any
 
 from avar_lightning.attention import MODES
-from avar_lightning.errors import own_sentence
+from avar_lightning.errors import told
 from avar_lightning.roles import Role
 
 
@@ -33,10 +33,8 @@ def main(args: Sequence[str] | None = None) -> int:
         print("interrupted; call the same command again to go on.", file=sys.stderr)
         return 130
     except Exception as error:
-        sentence = own_sentence(error)
-        if sentence is None:
+        if not told(error):
             raise
-        print(f"error: {sentence}", file=sys.stderr)
         return 1
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import traceback
 from pathlib import Path
 
@@ -21,6 +22,14 @@ def own_sentence(error: Exception) -> str | None:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     ours = frame.filename.startswith(PACKAGE_FOLDERS) and (frame.line or "").startswith("raise")
     return text if ours else None
+
+
+def told(error: Exception) -> bool:
+    """Say an error that a user can mend on stderr; false for a fault, of which nothing was said."""
+    sentence = own_sentence(error)
+    if sentence is not None:
+        print(f"error: {sentence}", file=sys.stderr)
+    return sentence is not None
 
 
 def condense(message: str) -> str:

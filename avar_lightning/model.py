@@ -103,6 +103,13 @@ def load_model(config: VLMConfig | str = "demo") -> PreTrainedModel | PeftModel:
     return _add_lora(model, config.lora) if config.lora else model
 
 
+def placeholder_ids(config: Any) -> list[int] | None:
+    """Tokens that stand for pictures: sampled without one behind them, they break the next forward."""
+    names = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
+    found = {getattr(config, name, None) for name in names}
+    return sorted(token for token in found if isinstance(token, int)) or None
+
+
 def _freeze(model: PreTrainedModel, pattern: str) -> None:
     frozen = [parameter for name, parameter in model.named_parameters() if re.search(pattern, name)]
     if not frozen:

@@ -93,6 +93,17 @@ def load_processor(
     return processor
 
 
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer of a processor, or the tokenizer itself."""
+    return getattr(processor, "tokenizer", processor)
+
+
+def padding_id(processor: Any) -> int:
+    """The token that fills up sequences: that of padding, or where there is none, of the end."""
+    tokenizer = tokenizer_of(processor)
+    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+
+
 def _no_image_processor(pretrained: str | Path, model_type: str) -> str:
     return (
         f"{str(pretrained)!r} (model type {model_type!r}) has no image processor, expected a vision-language model; "

@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from avar_lightning.attention import MODES, find_vlm, select_layers
 from avar_lightning.data import ShardDataModule, find_shards
+from avar_lightning.files import json_line, write_json
 from avar_lightning.interventions import METRICS, UNSTEERED, Setting, answer, columns_of, compare, grid, prompt_of
 from avar_lightning.model import VLMConfig, load_model
-from avar_lightning.processing import load_processor, resolve_pretrained
+from avar_lightning.processing import load_processor, padding_id, resolve_pretrained
 from avar_lightning.report import interventions_table, plot_differences, plot_sweep
 from avar_lightning.sft import SFTModule
 
@@ -154,7 +155,7 @@ def _answer_all(
     """Answer what is missing of one model, batch by batch, each under every setting."""
     data = ShardDataModule(predict=config.shards, processor=processor, batch_size=config.batch_size, num_workers=0)
     loader = data.predict_dataloader()
-    pad_token_id = loader.reader.collator.pad_token_id
+    pad_token_id = padding_id(processor)
     start, total = 0, _length(loader, config)
     with tqdm(
         total=None if total is None else total * len(settings), desc="/".join(Path(name).parts[-2:]), unit="batch"
@@ -163,8 +164,8 @@ def _answer_all(
             if config.max_samples is not None and start >= config.max_samples:
                 break
             prompt = prompt_of(batch, batch["role_ids"], model, pad_token_id)
-            prompt = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in prompt.items()}
-            prompt = {k: v.to(model.dtype) if _is_float(v) else v for k, v in prompt.items()}
+            prompt = {name: value.to(model.device) for name, value in prompt.items()}
+            prompt = {name: v.to(model.dtype) if v.is_floating_point() else v for name, v in prompt.items()}
             columns = columns_of(batch, batch["role_ids"], processor)
             wanted = len(columns) if config.max_samples is None else min(len(columns), config.max_samples - start)
             for setting in settings:
@@ -182,7 +183,7 @@ def _answer_all(
                     for offset, row in enumerate(made[:wanted]):
                         line = {"model": name, "setting": setting.name, "sample": start + offset} | row
                         answers[name, setting.name, start + offset] = line
-                        file.write(json.dumps(_finite(line)) + "\n")
+                        file.write(json_line(line))
                     file.flush()
                 bar.update()
             start += len(columns)
@@ -216,9 +217,7 @@ def _open_answers(folder: Path, now: dict[str, Any], *, overwrite: bool) -> dict
     about, answers = folder / ABOUT, folder / ANSWERS
     if overwrite or not about.is_file():
         answers.unlink(missing_ok=True)
-        partial = about.with_suffix(".tmp")
-        partial.write_text(json.dumps(now, indent=1) + "\n")
-        partial.replace(about)
+        write_json(about, now)
         return {}
     before = json.loads(about.read_text())
     other = [name for name, value in now.items() if before.get(name) != value]
@@ -281,11 +280,3 @@ def _stamp(files: Sequence[Path]) -> list[list[Any]]:
     """Name, size and time of local files."""
     stats = [(file.name, file.stat()) for file in files if file.is_file()]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
-
-
-def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}

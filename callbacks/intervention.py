@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
@@ -16,9 +15,11 @@ from tqdm import tqdm
 from avar_lightning import interventions
 from avar_lightning.attention import Intervention, LayerSpec, attention_layers
 from avar_lightning.callbacks.foreign import find_processor, find_role_ids, locate_vlm
-from avar_lightning.callbacks.measurement import QUERIES
-from avar_lightning.callbacks.outputs import log_figures, write_json
+from avar_lightning.callbacks.measurement import QUERIES, gather
+from avar_lightning.callbacks.outputs import log_figures
+from avar_lightning.files import write_json
 from avar_lightning.interventions import METRICS, UNSTEERED, Setting
+from avar_lightning.processing import padding_id
 from avar_lightning.report import interventions_table, plot_differences
 from avar_lightning.rewards import accuracy_reward
 
@@ -165,9 +166,7 @@ class InterventionCallback(Callback):
             )
         vlm = locate_vlm(pl_module, self.model)
         role_ids = find_role_ids(batch, pl_module, processor)
-        tokenizer = getattr(processor, "tokenizer", processor)
-        filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        prompt = interventions.prompt_of(batch, role_ids, vlm, filler)
+        prompt = interventions.prompt_of(batch, role_ids, vlm, padding_id(processor))
         columns = interventions.columns_of(batch, role_ids, processor)
         quiet = trainer.progress_bar_callback is None or not trainer.is_global_zero or len(self._schedule) < 3
         for setting in tqdm(self._schedule, desc="settings", leave=False, disable=quiet):
@@ -197,7 +196,7 @@ class InterventionCallback(Callback):
     def _finish(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not self._schedule:
             return
-        rows = _gather(self._rows)
+        rows = _joined(gather(self._rows))
         before = rows[UNSTEERED.name]
         self.results = {name: interventions.compare([before], [after]) for name, after in rows.items()}
         for setting, result in self.results.items():
@@ -210,10 +209,12 @@ class InterventionCallback(Callback):
         if trainer.is_global_zero:
             path = folder / f"{stage}_step_{trainer.global_step:08d}.json"
             write_json(path, self._report(before, rows))
-            pictures = ((name, plot_differences(self.results)) for name in [f"{stage}/interventions"])
-            log_figures(trainer.loggers, pictures, step=trainer.global_step)  # drawn where somebody takes them
+            log_figures(trainer.loggers, self._figures(stage), step=trainer.global_step)
             rank_zero_info(f"\n{interventions_table(self.results)}\n\ninterventions  {path}")
         self._rows = {}
+
+    def _figures(self, stage: str) -> Iterator[tuple[str, Any]]:
+        yield f"{stage}/interventions", plot_differences(self.results)  # drawn only where a logger takes it
 
     def _report(self, before: Sequence[Mapping[str, Any]], rows: Rows) -> dict[str, Any]:
         by_name = {setting.name: setting.intervention for setting in self._schedule}
@@ -241,13 +242,9 @@ def _scalars(result: Mapping[str, Any], *, differences: bool) -> dict[str, float
     return scalars
 
 
-def _gather(rows: Rows) -> Rows:
-    """Rows of all processes; a collective call."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return rows
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, rows)
-    return {name: [row for part in parts for row in part[name]] for name in rows}
+def _joined(parts: Sequence[Rows]) -> Rows:
+    """Rows of several processes, setting by setting."""
+    return {name: [row for part in parts for row in part[name]] for name in parts[0]}
 
 
 def _measures(trainer: Trainer) -> bool:

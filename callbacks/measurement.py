@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from avar_lightning.vas import REDUCTIONS, vas_map, visual_attention_score
 KEYS = (Role.IMAGE, Role.SYSTEM, Role.USER, Role.RESPONSE)
 """Roles whose share of attention is measured; image and system first, as VAS needs them."""
 
+T = TypeVar("T")
 QUERIES = {"user": Role.USER, "response": Role.RESPONSE}
 """Query sets by name."""
 
@@ -141,13 +142,13 @@ def merge(parts: Iterable[Measurement]) -> Measurement:
     return joined
 
 
-def gather(measurement: Measurement) -> Measurement:
-    """Merge the measurements of all processes; a collective call, which gives every process the same."""
+def gather(mine: T) -> list[T]:
+    """What each process has, in the order of their ranks; a collective call."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return measurement
+        return [mine]
     parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, measurement)
-    return merge(parts)
+    torch.distributed.all_gather_object(parts, mine)
+    return parts
 
 
 def _numpy(values: Tensor) -> NDArray[np.float64]:

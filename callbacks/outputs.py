@@ -1,13 +1,9 @@
-"""Write what a validation measured: JSON files, and pictures in the loggers that show them."""
+"""What a validation measured as pictures, in the loggers that show them."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
@@ -17,22 +13,6 @@ from avar_lightning.report import plot_attention_shares, plot_overlay, plot_vas_
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-def write_json(path: Path, report: Mapping[str, Any]) -> None:
-    """Write a report as strict JSON, null for NaN and infinity; a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(_finite(report), indent=1, allow_nan=False, default=str) + "\n")
-    os.replace(unfinished, path)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def log_figures(loggers: Sequence[Logger], figures: Iterable[tuple[str, Figure]], *, step: int) -> None:

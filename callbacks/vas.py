@@ -14,9 +14,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from avar_lightning.attention import AttentionRecord, observe_attention
 from avar_lightning.callbacks.foreign import find_processor, find_role_ids, locate_vlm, sample_ids
-from avar_lightning.callbacks.measurement import KEYS, QUERIES, Measurement, gather
-from avar_lightning.callbacks.outputs import log_figures, vas_figures, write_json
+from avar_lightning.callbacks.measurement import KEYS, QUERIES, Measurement, gather, merge
+from avar_lightning.callbacks.outputs import log_figures, vas_figures
 from avar_lightning.callbacks.overlay import Overlay, OverlayError, lay_on_image
+from avar_lightning.files import write_json
 from avar_lightning.roles import Role
 from avar_lightning.vas import REDUCTIONS
 
@@ -190,7 +191,7 @@ class VASCallback(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Join the processes and log means over samples."""
-        self._measurement = measured = gather(self._measurement)
+        self._measurement = measured = merge(gather(self._measurement))
         if measured.unmatched and not measured.batches:
             raise ValueError(
                 f"VASCallback saw no forward of the model over batch['input_ids'] in {measured.unmatched} "

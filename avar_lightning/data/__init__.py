@@ -1,6 +1,6 @@
 """Chat samples with images: WebDataset shards in, batches out."""
 
-from avar_lightning.data.collate import Collator, Encoded, SampleEncoder, TooLong
+from avar_lightning.data.collate import Collator, Encoded, PromptRows, SampleEncoder, TooLong
 from avar_lightning.data.datamodule import ShardDataModule
 from avar_lightning.data.demo_datamodule import DemoDataModule
 from avar_lightning.data.loader import ShardLoader, TooManyBadSamples
@@ -13,6 +13,7 @@ __all__ = [
     "Collator",
     "DemoDataModule",
     "Encoded",
+    "PromptRows",
     "Sample",
     "SampleEncoder",
     "SampleError",

@@ -4,7 +4,7 @@ Legend: N tokens of one sample, B samples, I images.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,7 @@ from avar_lightning.data.sample import Sample, SampleError
 from avar_lightning.roles import Role, message_roles
 
 IGNORE = -100  # the label that cross-entropy leaves out
+Side = Literal["left", "right"]
 _PADDING = {"labels": IGNORE, "role_ids": int(Role.OTHER)}  # and 0 for every other key but input_ids
 
 
@@ -34,15 +35,24 @@ class Encoded:
         prompt: The sequence-shaped part of it for the conversation up to the last response, for generation.
         columns: ``answer``, ``id``, ``source`` and every other JSON field.
         images: The images themselves, when asked for.
+        messages: The conversation up to the last response, as the sample has it.
     """
 
     tensors: dict[str, Tensor]
     prompt: dict[str, Tensor] | None
     columns: dict[str, Any]
     images: list[Image.Image] | None
+    messages: list[dict[str, Any]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return self.tensors["input_ids"].shape[1]
+
+    @property
+    def prompt_row(self) -> dict[str, Tensor]:
+        """The prompt with its pictures, ready for `Collator.merge`."""
+        whole = self.tensors["input_ids"]
+        pictures = {name: value for name, value in self.tensors.items() if not is_sequence(value, whole)}
+        return pictures | (self.prompt or {})
 
     def marked_repeated(self) -> "Encoded":
         """The same sample as mere filling: ``"repeated": True`` in its columns, no loss and no role that counts."""
@@ -108,6 +118,7 @@ class SampleEncoder:
             prompt=self._prompt(messages, tensors, sample, where) if self.with_prompt else None,
             columns=sample.fields(),
             images=sample.images if self.keep_images else None,
+            messages=_asked(sample.messages),
         )
 
     def _process(self, text: str, sample: Sample, where: str) -> dict[str, Tensor]:
@@ -145,12 +156,12 @@ class SampleEncoder:
         self, messages: list[dict[str, Any]], whole: dict[str, Tensor], sample: Sample, where: str
     ) -> dict[str, Tensor]:
         """The conversation up to its last response, with the header that asks for the next one."""
-        asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        asked = _asked(messages)
         if any(part["type"] == "image" for turn in messages[len(asked) :] for part in _as_parts(turn["content"])):
             raise SampleError(f"{where}: its last response shows an image; expected images in earlier turns only")
         text = self.processor.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
         made = self._process(text, sample, where)
-        prompt = {name: value for name, value in made.items() if _is_sequence(value, made["input_ids"])}
+        prompt = {name: value for name, value in made.items() if is_sequence(value, made["input_ids"])}
         # What it shares with the whole conversation keeps its roles; the rest is the header, OTHER.
         shared = min(made["input_ids"].shape[1], len(whole["input_ids"][0]))
         same = (made["input_ids"][0, :shared] == whole["input_ids"][0, :shared]).int().cumprod(0).bool()
@@ -170,7 +181,7 @@ class Collator:
         padding_side: Side of the batch's padding; prompts are always padded on the left.
     """
 
-    def __init__(self, pad_token_id: int, padding_side: Literal["left", "right"] = "right") -> None:
+    def __init__(self, pad_token_id: int, padding_side: Side = "right") -> None:
         if padding_side not in ("left", "right"):
             raise ValueError(f"padding_side is {padding_side!r}; expected 'left' or 'right'")
         self.pad_token_id = pad_token_id
@@ -184,23 +195,24 @@ class Collator:
             ``columns``, a list of dicts; ``prompt`` (tensors) and ``images`` (lists) where the samples have
             them.
         """
-        batch: dict[str, Any] = self._tensors([sample.tensors for sample in samples], self.padding_side)
+        batch: dict[str, Any] = self.merge([sample.tensors for sample in samples], self.padding_side)
         prompts = [sample.prompt for sample in samples if sample.prompt is not None]
         if prompts:
-            batch["prompt"] = self._tensors(prompts, "left")
+            batch["prompt"] = self.merge(prompts, "left")
         batch["columns"] = [dict(sample.columns) for sample in samples]
         images = [sample.images for sample in samples if sample.images is not None]
         if images:
             batch["images"] = images
         return batch
 
-    def _tensors(self, rows: Sequence[Mapping[str, Tensor]], side: str) -> dict[str, Tensor]:
+    def merge(self, rows: Sequence[Mapping[str, Tensor]], side: Side) -> dict[str, Tensor]:
+        """One batch of rows: what each sample alone would give the model, (1, N) where it is a sequence."""
         names = dict.fromkeys(name for row in rows for name in row)
         return {name: self._merge(name, rows, side) for name in names}
 
-    def _merge(self, name: str, rows: Sequence[Mapping[str, Tensor]], side: str) -> Tensor:
+    def _merge(self, name: str, rows: Sequence[Mapping[str, Tensor]], side: Side) -> Tensor:
         example = next(row for row in rows if name in row)
-        if _is_sequence(example[name], example["input_ids"]):
+        if is_sequence(example[name], example["input_ids"]):
             return self._merge_sequences(name, rows, side)
         values = [row.get(name) for row in rows]
         if _one_row_a_sample(example):
@@ -208,7 +220,9 @@ class Collator:
             values = [torch.zeros_like(example[name]) if value is None else value for value in values]
         return _concatenate([value for value in values if value is not None])
 
-    def _merge_sequences(self, name: str, rows: Sequence[Mapping[str, Tensor]], side: str) -> Tensor:
+    def _merge_sequences(
+        self, name: str, rows: Sequence[Mapping[str, Tensor]], side: Literal["left", "right"]
+    ) -> Tensor:
         fill = self.pad_token_id if name == "input_ids" else _PADDING.get(name, 0)
         example = next(row[name] for row in rows if name in row)
         longest = max(row["input_ids"].shape[1] for row in rows)
@@ -219,6 +233,19 @@ class Collator:
             margin = (longest - length, 0) if side == "left" else (0, longest - length)
             padded.append(F.pad(value, [0, 0] * (value.ndim - 2) + list(margin), value=fill))
         return _concatenate(padded)
+
+
+class PromptRows:
+    """Leave the prompts of encoded samples apart, for those who group them anew (GRPO)."""
+
+    def __call__(self, samples: Sequence[Encoded]) -> dict[str, Any]:
+        """Lists with an item a sample: ``rows`` (`Encoded.prompt_row`), ``columns``, ``messages`` and ``images``."""
+        return {
+            "rows": [sample.prompt_row for sample in samples],
+            "columns": [dict(sample.columns) for sample in samples],
+            "messages": [sample.messages for sample in samples],
+            "images": [sample.images or [] for sample in samples],
+        }
 
 
 def _as_parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -236,8 +263,13 @@ def _texts(messages: list[dict[str, Any]]) -> list[str]:
     return [part["text"] for message in messages for part in _as_parts(message["content"]) if part["type"] == "text"]
 
 
-def _is_sequence(value: Tensor, input_ids: Tensor) -> bool:
-    return value.shape[:2] == input_ids.shape
+def _asked(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+
+
+def is_sequence(value: Any, input_ids: Tensor) -> bool:
+    """Whether something of a batch has a value for each token."""
+    return isinstance(value, Tensor) and value.shape[:2] == input_ids.shape
 
 
 def _one_row_a_sample(tensors: Mapping[str, Tensor]) -> bool:

@@ -9,11 +9,11 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import ProcessorMixin
 
-from avar_lightning.data.collate import Collator, SampleEncoder
+from avar_lightning.data.collate import Collator, PromptRows, SampleEncoder
 from avar_lightning.data.loader import ShardLoader
 from avar_lightning.data.reader import ShardReader
 from avar_lightning.data.shards import find_shards
-from avar_lightning.processing import load_processor
+from avar_lightning.processing import load_processor, padding_id
 
 ShardSpec = str | Sequence[str]
 
@@ -49,6 +49,8 @@ class ShardDataModule(L.LightningDataModule):
         max_pixels: Most pixels of a resized image, which bounds its tokens (Qwen-VL families).
         keep_images: Put the images themselves into evaluation batches, for overlays.
         cache_encoded: Keep encoded samples in each worker's memory; for sets that are small enough.
+        train_prompts: Training batches are prompts to answer (`PromptRows`), as GRPOModule needs them; samples need no
+            response, and one that is there is left out.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class ShardDataModule(L.LightningDataModule):
         max_pixels: int | None = None,
         keep_images: bool = False,
         cache_encoded: bool = False,
+        train_prompts: bool = False,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -99,6 +102,7 @@ class ShardDataModule(L.LightningDataModule):
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self.keep_images = keep_images
         self.cache_encoded = cache_encoded
+        self.train_prompts = train_prompts
         self._processor: ProcessorMixin | None = None
         self._loaders: dict[str, ShardLoader] = {}
         self.counts: dict[str, dict[str, int]] = {}
@@ -117,7 +121,7 @@ class ShardDataModule(L.LightningDataModule):
         return self._processor
 
     def train_dataloader(self) -> ShardLoader:
-        """Shuffled batches without prompts, equally many on every rank."""
+        """Shuffled batches to learn from (of prompts alone under `train_prompts`), equally many on every rank."""
         return self._loader("train")
 
     def val_dataloader(self) -> ShardLoader | list[Any]:
@@ -152,17 +156,16 @@ class ShardDataModule(L.LightningDataModule):
         if stage not in self._loaders:
             train = stage == "train"
             rank, world_size = self._place()
-            tokenizer = self.processor.tokenizer
-            pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+            prompts = train and self.train_prompts
             reader = ShardReader(
                 find_shards(spec),
                 SampleEncoder(
                     self.processor,
                     max_length=self.max_length,
-                    with_prompt=not train,
-                    keep_images=self.keep_images and not train,
+                    with_prompt=prompts or not train,
+                    keep_images=prompts or (self.keep_images and not train),
                 ),
-                Collator(pad),
+                PromptRows() if prompts else Collator(padding_id(self.processor)),
                 batch_size=self.batch_size if train else self.val_batch_size,
                 train=train,
                 rank=rank,

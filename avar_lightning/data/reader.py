@@ -7,7 +7,7 @@ batch less than the others is a sample used again, with ``"repeated": True`` in 
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from avar_lightning.data.collate import Collator, Encoded, SampleEncoder, TooLong
+from avar_lightning.data.collate import Encoded, SampleEncoder, TooLong
 from avar_lightning.data.order import Arc, Raw, batches_per_rank, read_circle, read_stripe, split_samples
 from avar_lightning.data.sample import SampleError, parse_sample
 from avar_lightning.data.shards import Shard
@@ -71,7 +71,7 @@ class ShardReader(IterableDataset[Delivery]):
         self,
         shards: list[Shard],
         encoder: SampleEncoder,
-        collator: Collator,
+        collator: Callable[[Sequence[Encoded]], dict[str, Any]],
         *,
         batch_size: int,
         train: bool,

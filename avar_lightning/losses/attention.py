@@ -1,4 +1,4 @@
-"""Training objectives on attention masses. Pure functions; masses are float32, whatever the model's dtype.
+"""Objectives on attention masses; masses are float32, whatever the model's dtype.
 
 Shape letters: L layers, B samples, H heads, N query rows.
 """
