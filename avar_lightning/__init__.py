@@ -2,6 +2,7 @@
 
 from avar_lightning.attention import observe_attention, steer_attention
 from avar_lightning.data import ShardDataModule
+from avar_lightning.grpo import GRPOModule
 from avar_lightning.losses import attention_guidance_loss, attention_share_loss
 from avar_lightning.model import load_model
 from avar_lightning.roles import Role, tag_roles
@@ -9,6 +10,7 @@ from avar_lightning.sft import SFTModule
 from avar_lightning.vas import VisualAttentionScore, visual_attention_score
 
 __all__ = [
+    "GRPOModule",
     "Role",
     "SFTModule",
     "ShardDataModule",

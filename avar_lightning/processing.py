@@ -11,23 +11,25 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, pr
 from transformers.utils import is_torchvision_available
 
 DEMO_BASE = Path(__file__).parent / "data" / "demo_base"
+# What ships with the package: the base, and the same after the cold start of configs/avar_sft.yaml.
+SHIPPED = {"demo": DEMO_BASE, "demo_sft": DEMO_BASE.with_name("demo_sft")}
 
 
 def resolve_pretrained(pretrained: str | Path) -> str:
-    """The folder or hub name behind `pretrained`; `"demo"` is the base model that ships with the package.
+    """The folder or hub name behind `pretrained`; `"demo"` and `"demo_sft"` ship with the package.
 
     Raises:
         FileNotFoundError: A path-like name that is no folder.
     """
     name = str(pretrained)
-    if name == "demo":
-        return str(DEMO_BASE)
+    if name in SHIPPED:
+        return str(SHIPPED[name])
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     folder = Path(name).expanduser()
     if looks_like_path and not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"No model at {name!r}: expected a folder with a config.json (or a hub name like "
-            "'Qwen/Qwen2.5-VL-7B-Instruct', or 'demo'); check the path."
+            "'Qwen/Qwen2.5-VL-7B-Instruct', or 'demo', 'demo_sft'); check the path."
         )
     return str(folder) if folder.is_dir() else name
 

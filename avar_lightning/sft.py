@@ -2,58 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from dataclasses import asdict
+from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torchmetrics import MeanMetric
-from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from avar_lightning.attention import observe_attention
 from avar_lightning.guidance import GamingMonitor, GuidanceConfig, GuidanceOutput, guide
-from avar_lightning.model import VLMConfig, load_model
-from avar_lightning.processing import load_processor
-from avar_lightning.rewards import accuracy_reward
+from avar_lightning.model import VLMConfig
+from avar_lightning.module import OptimizerConfig, VLMModule, as_config
 
 # Logged batches in a row without a sample to guide after which the run stops.
 PATIENCE = 10
-# What a batch carries for us and not for the model's forward.
-NOT_MODEL_INPUTS = ("role_ids", "prompt", "columns", "images")
 
 
-@dataclass
-class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay."""
-
-    lr: float = 5e-6
-    """Peak learning rate."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay; norms, biases and other vectors are spared."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of AdamW's two moments."""
-    warmup_fraction: float = 0.03
-    """Share of all steps over which the rate climbs from 0, in [0, 1)."""
-    min_lr_fraction: float = 0.0
-    """Where the cosine ends, as a share of `lr`."""
-
-
-Config = TypeVar("Config")
-
-
-def _config(kind: type[Config], value: Config | dict[str, Any] | None) -> Config:
-    """`value` as `kind`; checkpoints keep configurations as plain dicts."""
-    return value if isinstance(value, kind) else kind(**(value or {}))  # type: ignore[arg-type]
-
-
-class SFTModule(L.LightningModule):
+class SFTModule(VLMModule):
     """Fine-tune a Hugging Face vision-language model on chat samples, with the attention-guided auxiliary loss.
 
     Logs `train/loss`, `train/loss_lm`, the parts of guidance and what attention did; in validation `val/loss` and, when
@@ -66,8 +33,6 @@ class SFTModule(L.LightningModule):
         max_new_tokens: Longest answer generated in validation to measure `val/accuracy`; 0 generates nothing.
     """
 
-    model: nn.Module  # a Hugging Face PreTrainedModel, PEFT-wrapped with LoRA; there from `configure_model` on
-
     def __init__(
         self,
         vlm: VLMConfig | None = None,
@@ -75,41 +40,11 @@ class SFTModule(L.LightningModule):
         optimizer: OptimizerConfig | None = None,
         max_new_tokens: int = 0,
     ) -> None:
-        super().__init__()
-        self.vlm = _config(VLMConfig, vlm)
-        self.guidance = _config(GuidanceConfig, guidance)
-        self.optimizer_config = _config(OptimizerConfig, optimizer)
-        self.max_new_tokens = max_new_tokens
-        self.save_hyperparameters(
-            {
-                "vlm": asdict(self.vlm),
-                "guidance": asdict(self.guidance),
-                "optimizer": asdict(self.optimizer_config),
-                "max_new_tokens": max_new_tokens,
-            }
-        )
-        self.processor = load_processor(self.vlm.pretrained)
+        super().__init__(vlm, optimizer, max_new_tokens)
+        self.guidance = as_config(GuidanceConfig, guidance)
+        self.save_configuration(guidance=asdict(self.guidance))
         self.gaming = GamingMonitor()
         self.unguided = 0
-        self.validation_loss = MeanMetric()
-        self.accuracy = MeanMetric()
-
-    def configure_model(self) -> None:
-        """Load the weights; here and not earlier, so that a sharding strategy can place them."""
-        if not hasattr(self, "model"):
-            # Loaded models come in eval mode, which Lightning would keep: no checkpointing, no adapter dropout.
-            self.model = load_model(self.vlm).train()
-            # Told apart here: FSDP flattens every parameter to one dimension.
-            self.vectors = {id(parameter) for parameter in self.model.parameters() if parameter.ndim < 2}
-
-    def setup(self, stage: str) -> None:
-        """Take the data's processor, whose limits on pixels are those that the exported model needs."""
-        self.processor = getattr(getattr(self.trainer, "datamodule", None), "processor", self.processor)
-
-    def forward(self, batch: dict[str, Any]) -> Any:
-        """The model's own output for a collated batch, LM loss included where it has labels."""
-        inputs = {name: value for name, value in batch.items() if name not in NOT_MODEL_INPUTS}
-        return self.model(**inputs, use_cache=False)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """LM loss plus guidance of one batch."""
@@ -149,91 +84,6 @@ class SFTModule(L.LightningModule):
             if warning:
                 rank_zero_warn(warning)
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """LM loss of the reference responses, and accuracy of generated ones."""
-        loss = self(batch).loss
-        size = len(batch["input_ids"])
-        num_labels = (batch["labels"][:, 1:] != -100).sum()
-        if num_labels:  # a batch of prompts without reference responses has no loss
-            self.validation_loss.update(loss, weight=num_labels)
-        stage = "test" if self.trainer.testing else "val"
-        self.log(f"{stage}/loss", self.validation_loss, batch_size=size)
-        if self.max_new_tokens:
-            self._score(self.generate(batch), batch["columns"])
-            self.log(f"{stage}/accuracy", self.accuracy, prog_bar=True, batch_size=size)
-
-    def _score(self, completions: list[str], columns: list[dict[str, Any]]) -> None:
-        # A sample that only fills up another rank's last batch is scored where it belongs.
-        scored = [
-            (text, column["answer"])
-            for text, column in zip(completions, columns)
-            if column.get("answer") is not None and not column.get("repeated")
-        ]
-        if not any(column.get("answer") is not None for column in columns):
-            raise ValueError(
-                "No sample of a validation batch has an 'answer', expected one to score generated answers against; add "
-                "answers to the shards, or set --model.init_args.max_new_tokens 0."
-            )
-        if scored:
-            texts, answers = map(list, zip(*scored))
-            self.accuracy.update(torch.tensor(accuracy_reward(texts, answer=answers)))
-
-    test_step = validation_step
-
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """Each sample's columns (id, answer, source, …) with its greedy `completion`.
-
-        Raises:
-            ValueError: `max_new_tokens` is 0.
-        """
-        if not self.max_new_tokens:
-            raise ValueError(
-                "max_new_tokens is 0, expected 1 or more to predict; set --model.init_args.max_new_tokens."
-            )
-        completions = self.generate(batch)
-        return [columns | {"completion": text} for columns, text in zip(batch["columns"], completions)]
-
-    @torch.no_grad()
-    def generate(self, batch: dict[str, Any]) -> list[str]:
-        """Greedy completions of a batch's prompts (`batch["prompt"]`, left-padded; images come from the batch)."""
-        sequences = ("input_ids", "attention_mask", "labels", *batch["prompt"])
-        shared = {k: v for k, v in batch.items() if k not in NOT_MODEL_INPUTS and k not in sequences}
-        prompt = {k: v for k, v in batch["prompt"].items() if k not in NOT_MODEL_INPUTS}
-        names = ("image_token_id", "video_token_id")
-        found = (getattr(self.processor, name, None) for name in names)
-        placeholders = sorted(token for token in found if token is not None)
-        tokens = self.model.generate(  # type: ignore[operator]
-            **prompt,
-            **shared,
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            # A sampled placeholder without an image behind it breaks the next forward.
-            suppress_tokens=placeholders,
-            pad_token_id=self.processor.tokenizer.pad_token_id,
-            eos_token_id=self.processor.tokenizer.eos_token_id,
-        )
-        return self.processor.batch_decode(tokens[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW over the parameters that train, with warm-up and cosine by step."""
-        config = self.optimizer_config
-        steps = self.trainer.estimated_stepping_batches
-        if not math.isfinite(steps):
-            raise ValueError(
-                f"The number of training steps is {steps}, expected a finite one for the cosine schedule; set "
-                "trainer.max_steps, or train on shards with a manifest and set trainer.max_epochs."
-            )
-        trained = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if id(p) not in self.vectors], "weight_decay": config.weight_decay},
-            {"params": [p for p in trained if id(p) in self.vectors], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]))
-        schedule = get_cosine_with_min_lr_schedule_with_warmup(
-            optimizer, round(config.warmup_fraction * steps), int(steps), min_lr_rate=config.min_lr_fraction
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,
@@ -247,10 +97,3 @@ class SFTModule(L.LightningModule):
                 sharded.clip_grad_norm_(gradient_clip_val)
             return
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write a Hugging Face folder (model or adapters, and processor) that opens without this project."""
-        folder = Path(folder)
-        self.model.save_pretrained(folder)  # type: ignore[operator]
-        self.processor.save_pretrained(folder)
-        return folder

@@ -6,8 +6,9 @@ from transformers import AutoModelForImageTextToText
 from avar_lightning.attention import observe_attention
 from avar_lightning.guidance import GuidanceConfig, guide
 from avar_lightning.model import LoRAConfig, VLMConfig
+from avar_lightning.module import NOT_MODEL_INPUTS, OptimizerConfig
 from avar_lightning.roles import Role
-from avar_lightning.sft import NOT_MODEL_INPUTS, OptimizerConfig, SFTModule
+from avar_lightning.sft import SFTModule
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 

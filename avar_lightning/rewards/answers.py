@@ -47,3 +47,17 @@ def _same(given: str | None, gold: str) -> bool:
         return float(given) == float(gold)
     except ValueError:
         return " ".join(given.lower().split()) == " ".join(gold.lower().split())
+
+
+_FORMAT = re.compile(
+    r"\s*<think>(?:(?!</?think>|</?answer>).)*</think>\s*<answer>(?:(?!</?think>|</?answer>).)*</answer>\s*", re.DOTALL
+)
+
+
+def format_reward(completions: list[str], **_: Any) -> list[float]:
+    """1.0 where the completion is exactly `<think>…</think><answer>…</answer>`, each tag once, else 0.0.
+
+    >>> format_reward(["<think>2 + 2</think> <answer>4</answer>", "<answer>4</answer>"])
+    [1.0, 0.0]
+    """
+    return [float(_FORMAT.fullmatch(text) is not None) for text in completions]

@@ -1,0 +1,426 @@
+"""GRPO with visual-anchored reward shaping, as a LightningModule."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_
+
+from avar_lightning.attention import observe_attention
+from avar_lightning.grpo.config import GRPOConfig
+from avar_lightning.grpo.policy import completion_batch, completion_logps
+from avar_lightning.grpo.rollouts import Rollouts, padded
+from avar_lightning.losses import group_advantages, grpo_loss, importance_weights
+from avar_lightning.model import VLMConfig, load_model
+from avar_lightning.module import OptimizerConfig, VLMModule, as_config
+from avar_lightning.processing import padding_id, tokenizer_of
+from avar_lightning.rewards import RewardConfig, VisualAttentionReward, call_rewards, total_reward
+from avar_lightning.roles import Role
+from avar_lightning.rollout import HFRolloutEngine, Prompts, RolloutEngine, SamplingConfig
+from avar_lightning.rollout.hf_engine import evaluating
+from avar_lightning.vas import visual_attention_score
+
+DEFAULT_REWARDS = (
+    RewardConfig("avar_lightning.rewards.accuracy_reward", 1.0),
+    RewardConfig("avar_lightning.rewards.format_reward", 0.1),
+)
+# Batches in a row without a group to learn from after which a warning is due.
+PATIENCE = 10
+# Batches over which the reward at the start and at the end of training is averaged.
+TREND = 10
+
+
+class GRPOModule(VLMModule):
+    """Fine-tune a Hugging Face vision-language model on prompts, by the rewards of its own completions.
+
+    Batches are prompts (`ShardDataModule` with `train_prompts`). Each is answered `grpo.num_generations` times; rewards
+    are compared within these groups, and the policy is updated once or several times. The visual reward is measured in
+    the pass over the completions that gives their log-probabilities.
+
+    Logs `reward/<part>`, `reward/total`, `rollout/…` (length, truncated, empty, groups_without_variance, vas,
+    image_share, …), `train/…` (loss, kl, entropy, clip_fraction_low, clip_fraction_high, grad_norm, …) and `time/…`
+    (seconds of each stage); in validation `val/loss` of reference responses and `val/accuracy` of greedy answers.
+
+    Args:
+        vlm: Which model, and how to load it; usually the Hugging Face folder that SFT wrote.
+        grpo: Groups, updates and the policy loss.
+        sampling: How completions are sampled.
+        rewards: Parts of the reward and their weights; accuracy (1) and format (0.1) when unset. Each function is given
+            the completions, every column of the data set, `prompts` (chat messages) and `completion_ids`.
+        visual: The visual part (VARS), 0 for answers that the part `accuracy` does not find right; none when unset.
+        rollout: What samples completions; the model itself when unset. Not kept in checkpoints.
+        optimizer: AdamW and its schedule.
+        max_new_tokens: Longest greedy answer in validation to measure `val/accuracy`; 0 generates nothing.
+    """
+
+    def __init__(
+        self,
+        vlm: VLMConfig | None = None,
+        grpo: GRPOConfig | None = None,
+        sampling: SamplingConfig | None = None,
+        rewards: list[RewardConfig] | None = None,
+        visual: VisualAttentionReward | None = None,
+        rollout: RolloutEngine | None = None,
+        optimizer: OptimizerConfig | None = None,
+        max_new_tokens: int = 0,
+    ) -> None:
+        super().__init__(vlm, optimizer, max_new_tokens)
+        self.automatic_optimization = False
+        self.grpo = as_config(GRPOConfig, grpo)
+        self.sampling = as_config(SamplingConfig, sampling)
+        self.rewards = [as_config(RewardConfig, reward) for reward in rewards or DEFAULT_REWARDS]
+        self.visual = None if visual is None else as_config(VisualAttentionReward, visual)
+        self.engine: RolloutEngine = rollout or HFRolloutEngine()
+        self.functions = {reward.name: reward.load() for reward in self.rewards}
+        self.weights = {reward.name: reward.weight for reward in self.rewards}
+        if len(self.functions) < len(self.rewards) or {"visual", "total"} & self.functions.keys():
+            raise ValueError(
+                f"rewards are named {[reward.name for reward in self.rewards]}, expected different names, none of them "
+                "'visual' or 'total'; give them a `name`."
+            )
+        if self.visual is not None:
+            if "accuracy" not in self.functions:
+                raise ValueError(
+                    f"visual rewards right answers only, and none of the rewards {sorted(self.functions)} is named "
+                    "'accuracy'; add it, or name yours so."
+                )
+            self.weights["visual"] = self.visual.weight
+        self.save_configuration(
+            grpo=asdict(self.grpo),
+            sampling=asdict(self.sampling),
+            rewards=[reward.as_plain for reward in self.rewards],
+            visual=None if self.visual is None else asdict(self.visual),
+        )
+        self.rollouts: Rollouts | None = None
+        """Of the last batch; for callbacks."""
+        self._synced: int | None = None  # the step whose weights the engine has
+        self._idle = 0  # batches in a row without a group to learn from
+        self._first: list[float] = []
+        self._last: deque[float] = deque(maxlen=TREND)
+
+    # Set-up
+
+    def configure_model(self) -> None:
+        """Load the policy, and beside it a frozen copy where the KL needs one."""
+        super().configure_model()
+        if self.grpo.beta and self.vlm.lora is None and not hasattr(self, "reference"):
+            config = replace(self.vlm, gradient_checkpointing=False, freeze=[])
+            self.reference = load_model(config).eval().requires_grad_(False)
+
+    def on_fit_start(self) -> None:
+        """Set the engine up, and refuse what manual optimisation cannot do."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            raise ValueError("trainer.precision is 16-mixed, expected bf16-mixed, bf16-true or 32-true for GRPO.")
+        self.engine.setup(self.model, self.processor, self.sampling)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the reference out: it is loaded again from where it came from."""
+        state = checkpoint["state_dict"]
+        for name in [name for name in state if name.startswith("reference.")]:
+            del state[name]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the reference's own weights where loading expects them."""
+        own = self.state_dict()
+        checkpoint["state_dict"] |= {name: own[name] for name in own if name.startswith("reference.")}
+
+    def num_optimizer_steps(self) -> float:
+        """Updates of the whole training, several a batch."""
+        steps, limit = super().num_optimizer_steps() * self.grpo.updates_per_batch, self.trainer.max_steps
+        return min(steps, limit) if limit > 0 else steps
+
+    @property
+    def reward_trend(self) -> tuple[float, float] | None:
+        """Mean total reward of the first and of the last batches of this training; None before there are any."""
+        if not self._first:
+            return None
+        return sum(self._first) / len(self._first), sum(self._last) / len(self._last)
+
+    # One batch of prompts
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Sample, reward, score and learn from the completions of one batch of prompts."""
+        if "rows" not in batch:
+            raise ValueError(
+                f"A training batch has {sorted(batch)}, expected prompts (rows, columns, messages, images); set "
+                "--data.init_args.train_prompts true."
+            )
+        # Everything random in this step hangs on its number, so that a resumed run draws what the first would have.
+        self.rng = random.Random(f"{self.sampling.seed} {self.global_step} {self.global_rank}")
+        torch.manual_seed(self.rng.getrandbits(63))
+        self._seconds: dict[str, float] = {}
+        with self._timed("rollout"):
+            rollouts = self._sample(Prompts(batch["rows"], batch["messages"], batch["images"]), batch["columns"])
+        with self._timed("reward"):
+            rollouts.rewards = self._judge(rollouts)
+        with self._timed("score"):
+            self._measure(rollouts, measure_vas=self._is_due(batch_idx))
+        self._compare(rollouts)
+        with self._timed("update"):
+            logs = self._learn(rollouts)
+        self.rollouts = rollouts
+        logs |= self._describe(rollouts) | {f"time/{name}_s": value for name, value in self._seconds.items()}
+        size = len(rollouts.prompts)
+        self.log("reward/total", logs.pop("reward/total"), prog_bar=True, batch_size=size, sync_dist=True)
+        self.log_dict(logs, batch_size=size, sync_dist=True)
+
+    def _sample(self, prompts: Prompts, columns: Sequence[Mapping[str, Any]]) -> Rollouts:
+        if self._synced != self.global_step:
+            self.engine.sync(self.global_step)
+            self._synced = self.global_step
+        count = self.grpo.num_generations
+        completions = self.engine.generate(prompts, count, seed=self.rng.getrandbits(31))
+        texts = tokenizer_of(self.processor).batch_decode(completions.token_ids, skip_special_tokens=True)
+        return Rollouts.of(prompts, columns, count, completions, texts)
+
+    def _judge(self, rollouts: Rollouts) -> dict[str, list[float]]:
+        columns = rollouts.by_column() | {
+            "prompts": [messages for messages in rollouts.prompts.messages for _ in range(rollouts.num_generations)],
+            "completion_ids": [tokens.tolist() for tokens in rollouts.token_ids],
+        }
+        return call_rewards(self.functions, rollouts.texts, columns)
+
+    @torch.no_grad()
+    def _measure(self, rollouts: Rollouts, *, measure_vas: bool) -> None:
+        """One pass over the completions: log-probabilities where a later update or a sampler needs them, attention."""
+        observing = measure_vas or self.visual is not None
+        needs_old = self.grpo.updates_per_batch > 1 or rollouts.sampling_logps is not None
+        if observing or needs_old:
+            scored = self._pass_over(rollouts, self.model, observing=observing)
+            rollouts.old_logps = scored if needs_old else None
+        if self.grpo.beta:
+            with self._as_reference() as reference:
+                rollouts.ref_logps = self._pass_over(rollouts, reference, observing=False)
+
+    def _pass_over(self, rollouts: Rollouts, model: Any, *, observing: bool) -> list[Tensor]:
+        logps: list[Tensor] = [torch.zeros(0)] * len(rollouts)
+        layers = None if self.visual is None else self.visual.layers
+        with evaluating(model):
+            for chunk in self._chunks(rollouts, range(len(rollouts))):
+                batch = self._batch(rollouts, chunk)
+                watch: AbstractContextManager[Any] = nullcontext()
+                if observing:
+                    watch = observe_attention(model, batch.role_ids, queries=(Role.RESPONSE,), layers=layers)
+                with watch as record:
+                    values, _ = completion_logps(model, batch, temperature=self.sampling.temperature)
+                for index, row, mask in zip(chunk, values, batch.completion_mask):
+                    logps[index] = row[mask]
+                if observing:
+                    masses = record.mass_of(Role.IMAGE), record.mass_of(Role.SYSTEM), record.query_mask(Role.RESPONSE)
+                    found = [visual_attention_score(*masses, reduction="ratio_of_means").tolist()]
+                    found.append(found[0] if self.visual is None else self.visual.measure(*masses).tolist())
+                    for index, vas, attention in zip(chunk, *found):
+                        rollouts.vas[index], rollouts.attention[index] = vas, attention
+        return logps
+
+    @contextmanager
+    def _as_reference(self) -> Iterator[Any]:
+        """The starting model: the frozen copy, or the policy without its adapters."""
+        if self.vlm.lora is None:
+            yield self.reference
+        else:
+            adapted: Any = self.model
+            with adapted.disable_adapter():
+                yield adapted
+
+    def _compare(self, rollouts: Rollouts) -> None:
+        """Add up rewards, stop where they make no sense, and compare within groups."""
+        if self.visual is not None:
+            rollouts.rewards["visual"] = self.visual(
+                rollouts.texts,
+                accuracy=rollouts.rewards["accuracy"],
+                visual_attention=rollouts.attention,
+                num_generations=rollouts.num_generations,
+            )
+        rollouts.total = total_reward(rollouts.rewards, self.weights)
+        worst = max(rollouts.total, key=abs)
+        if not abs(worst) <= self.grpo.max_reward:
+            parts = {name: values[rollouts.total.index(worst)] for name, values in rollouts.rewards.items()}
+            raise ValueError(
+                f"A total reward is {worst:g} (parts {parts}), beyond grpo.max_reward={self.grpo.max_reward:g}; bound "
+                "the reward (visual.transform: share), lower its weight, or raise max_reward."
+            )
+        rollouts.advantages, rollouts.differ = group_advantages(
+            torch.tensor(rollouts.total), rollouts.num_generations, scale=self.grpo.scale_advantages
+        )
+        self._idle = 0 if rollouts.differ.any() else self._idle + 1
+        if self._idle == PATIENCE:
+            rank_zero_warn(
+                f"No group of {PATIENCE} batches in a row had completions of different reward (mean "
+                f"{sum(rollouts.total) / len(rollouts):.3g}), so nothing was learned; raise sampling.temperature or "
+                "grpo.num_generations, or choose prompts that are neither too easy nor too hard."
+            )
+        mean = sum(rollouts.total) / len(rollouts)
+        if len(self._first) < TREND:
+            self._first.append(mean)
+        self._last.append(mean)
+
+    # Updates
+
+    def _learn(self, rollouts: Rollouts) -> dict[str, float]:
+        """All updates of one batch; gives the means over them of what is watched."""
+        logs: dict[str, list[float]] = defaultdict(list)
+        for _ in range(self.grpo.num_epochs):
+            order = self.rng.sample(range(len(rollouts)), len(rollouts))
+            for part in range(self.grpo.num_minibatches):
+                for name, value in self._update(rollouts, order[part :: self.grpo.num_minibatches]).items():
+                    logs[name].append(value)
+        return {f"train/{name}": sum(values) / len(values) for name, values in logs.items()}
+
+    def _update(self, rollouts: Rollouts, indices: Sequence[int]) -> dict[str, float]:
+        """One optimizer step on some of the completions."""
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        # Without a KL a completion whose advantage is 0 adds exactly nothing, so it is not computed.
+        kept = [i for i in indices if (self.grpo.beta or rollouts.advantages[i] != 0) and self._counts(rollouts, i)]
+        # Gradients are averaged over processes, so sums are divided by the mean number of what they are sums of.
+        sizes = [len(indices), sum(len(rollouts.token_ids[i]) for i in indices if self._counts(rollouts, i))]
+        num_completions, num_tokens = self._over_processes(sizes, "mean")
+        chunks = self._chunks(rollouts, kept)
+        logs: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        for number, chunk in enumerate(chunks):
+            filled = self._filled(chunk)
+            batch = self._batch(rollouts, chunk)
+            mask = batch.completion_mask
+            logps, entropy = completion_logps(
+                self.model, batch, temperature=self.sampling.temperature, with_entropy=True
+            )
+            old = logps.detach() if rollouts.old_logps is None else padded(_at(rollouts.old_logps, filled), logps)
+            out = grpo_loss(
+                logps,
+                old,
+                rollouts.advantages[filled].to(logps.device) * bool(chunk),
+                mask,
+                loss_type=self.grpo.loss_type,
+                clip_low=self.grpo.clip_low,
+                clip_high=self.grpo.clip_high,
+                beta=self.grpo.beta,
+                ref_per_token_logps=None if not rollouts.ref_logps else padded(_at(rollouts.ref_logps, filled), logps),
+                weights=self._weights(rollouts, filled, old, mask),
+                num_completions=num_completions,
+                num_tokens=num_tokens,
+                max_length=self.sampling.max_new_tokens,
+            )
+            with self._without_sync(number + 1 < len(chunks)):
+                self.manual_backward(out.loss)
+            assert entropy is not None
+            logs["loss"] += out.loss.detach()
+            logs["entropy"] += (entropy * mask).sum()
+            logs["tokens"] += out.num_tokens
+            for name in ("kl", "clip_fraction_low", "clip_fraction_high"):
+                logs[name] += getattr(out, name) * out.num_tokens
+        values = {name: float(value) for name, value in logs.items()}
+        tokens = values.pop("tokens", 0.0)
+        values |= {name: value / max(tokens, 1.0) for name, value in values.items() if name != "loss"}
+        values["grad_norm"] = self._step(optimizer)
+        return values
+
+    def _step(self, optimizer: Any) -> float:
+        """Clip and apply the gradients; gives their norm."""
+        limit = self.grpo.max_grad_norm
+        norm = clip_grad_norm_([p for p in self.parameters() if p.requires_grad], limit or math.inf)
+        value = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if not math.isfinite(value):
+            raise ValueError(
+                f"The gradient's norm is {value} in step {self.global_step}, expected a finite one; lower optimizer.lr "
+                "or the rewards' weights, and resume from the last checkpoint."
+            )
+        optimizer.step()
+        schedule: Any = self.lr_schedulers()
+        schedule.step()
+        # Casts that autocast keeps of the old weights must not serve the next forward of this step.
+        torch.clear_autocast_cache()
+        return value
+
+    def _weights(self, rollouts: Rollouts, chunk: Sequence[int], old: Tensor, mask: Tensor) -> Tensor | None:
+        if rollouts.sampling_logps is None:
+            return None
+        theirs = padded(_at(rollouts.sampling_logps, chunk), old)
+        return importance_weights(old, theirs, mask, level=self.grpo.importance, cap=self.grpo.importance_cap)
+
+    def _counts(self, rollouts: Rollouts, index: int) -> bool:
+        """Whether a completion is learned from."""
+        return bool(len(rollouts.token_ids[index])) and (rollouts.finished[index] or not self.grpo.mask_truncated)
+
+    # Forwards of some completions, equally many in every process
+
+    def _chunks(self, rollouts: Rollouts, indices: Sequence[int]) -> list[list[int]]:
+        size = self.grpo.micro_batch_size
+        (most,) = self._over_processes([math.ceil(len(indices) / size)], "max")
+        return rollouts.chunks(indices, size, int(most))
+
+    def _batch(self, rollouts: Rollouts, chunk: Sequence[int]) -> Any:
+        """The chunk as a batch; an empty one is the first completion with nothing that counts."""
+        indices = self._filled(chunk)
+        tokens = _at(rollouts.token_ids, indices)
+        rows = [rollouts.row(index) for index in indices]
+        batch = completion_batch(rows, tokens, pad_token_id=padding_id(self.processor), device=self.device)
+        if not chunk:
+            batch.completion_mask = torch.zeros_like(batch.completion_mask)
+        return batch
+
+    @staticmethod
+    def _filled(chunk: Sequence[int]) -> list[int]:
+        return list(chunk) or [0]
+
+    def _over_processes(self, values: Sequence[float], how: str) -> list[float]:
+        tensor = torch.tensor(list(values), dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
+        reduced: Any = self.trainer.strategy.reduce(tensor.to(self.device), reduce_op=how)
+        return [float(value) for value in reduced]
+
+    def _without_sync(self, yes: bool) -> AbstractContextManager[Any]:
+        """Keep gradients to this process until the last part of an update."""
+        block = getattr(self.trainer.strategy, "block_backward_sync", None)
+        return block() if yes and block is not None else nullcontext()
+
+    # What is said about a batch
+
+    def _describe(self, rollouts: Rollouts) -> dict[str, float]:
+        lengths = [len(tokens) for tokens in rollouts.token_ids]
+        count = len(rollouts)
+        logs = {f"reward/{name}": _mean(values) for name, values in rollouts.rewards.items()}
+        logs |= {
+            "reward/total": _mean(rollouts.total),
+            "rollout/length": sum(lengths) / count,
+            "rollout/truncated": 1 - sum(rollouts.finished) / count,
+            "rollout/empty": sum(length == 0 for length in lengths) / count,
+            "rollout/groups_without_variance": 1 - float(rollouts.differ.float().mean()),
+        }
+        if rollouts.sampling_logps is not None and rollouts.old_logps is not None:
+            pairs = zip(rollouts.old_logps, rollouts.sampling_logps, strict=True)
+            gaps = torch.cat([(ours.cpu() - theirs.cpu()).abs() for ours, theirs in pairs])
+            logs["rollout/sampler_mismatch"] = float(gaps.mean()) if len(gaps) else 0.0
+        if any(map(math.isfinite, rollouts.vas)):
+            logs["rollout/vas"] = _mean(rollouts.vas)
+        return logs
+
+    def _is_due(self, batch_idx: int) -> bool:
+        return self.grpo.vas_every > 0 and batch_idx % self.grpo.vas_every == 0
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._seconds[stage] = time.perf_counter() - start
+
+
+def _at(values: Sequence[Tensor], indices: Sequence[int]) -> list[Tensor]:
+    return [values[index] for index in indices]
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Mean of what is finite, NaN without any."""
+    known = [value for value in values if math.isfinite(value)]
+    return sum(known) / len(known) if known else math.nan

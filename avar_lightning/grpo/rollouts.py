@@ -1,0 +1,116 @@
+"""One batch of completions on its way through a step: sampled, rewarded, scored, learned from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from avar_lightning.rollout import Completions, Prompts
+
+
+@dataclass
+class Rollouts:
+    """Completions of a batch of prompts; lists have an item a completion, those of a prompt one after the other.
+
+    Attributes:
+        prompts: What was asked.
+        columns: Of the prompts, one mapping each.
+        num_generations: Completions of each prompt.
+        token_ids: Tokens of each completion, its end included.
+        finished: Whether it ended by itself.
+        texts: Decoded, without special tokens.
+        sampling_logps: Log-probabilities from the sampler, where it is not the policy itself.
+        rewards: Each part by name, NaN where it does not apply.
+        total: Weighted sums of the parts.
+        advantages: (B,), on the CPU.
+        differ: Whether the rewards of each group differ, bool (B / G,).
+        old_logps: Under the policy before the update; None where there is one update, which starts there.
+        ref_logps: Under the reference.
+        attention: What the visual reward measured, NaN where undefined or not measured.
+        vas: Visual Attention Score of each completion (ratio of means), NaN likewise.
+    """
+
+    prompts: Prompts
+    columns: Sequence[Mapping[str, Any]]
+    num_generations: int
+    token_ids: list[Tensor]
+    finished: list[bool]
+    texts: list[str]
+    sampling_logps: list[Tensor] | None = None
+    rewards: dict[str, list[float]] = field(default_factory=dict)
+    total: list[float] = field(default_factory=list)
+    advantages: Tensor = field(default_factory=lambda: torch.zeros(0))
+    differ: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    old_logps: list[Tensor] | None = None
+    ref_logps: list[Tensor] | None = None
+    attention: list[float] = field(default_factory=list)
+    vas: list[float] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        prompts: Prompts,
+        columns: Sequence[Mapping[str, Any]],
+        num_generations: int,
+        completions: Completions,
+        texts: list[str],
+    ) -> Rollouts:
+        """What an engine gave.
+
+        Raises:
+            RuntimeError: The engine gave another number of completions.
+        """
+        expected = len(prompts) * num_generations
+        if len(completions.token_ids) != expected:
+            raise RuntimeError(
+                f"the rollout engine gave {len(completions.token_ids)} completions, expected {expected} "
+                f"({num_generations} of each of {len(prompts)} prompts)."
+            )
+        unknown = [math.nan] * expected
+        return cls(
+            prompts,
+            columns,
+            num_generations,
+            completions.token_ids,
+            completions.finished,
+            texts,
+            completions.logps,
+            attention=unknown,
+            vas=list(unknown),
+        )
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def row(self, index: int) -> Mapping[str, Tensor]:
+        """The prompt of a completion."""
+        return self.prompts.rows[index // self.num_generations]
+
+    def length(self, index: int) -> int:
+        """Tokens of prompt and completion."""
+        return self.row(index)["input_ids"].shape[1] + len(self.token_ids[index])
+
+    def by_column(self) -> dict[str, list[Any]]:
+        """Every column of the data set, one value a completion, None where a prompt has no such column."""
+        names = dict.fromkeys(name for column in self.columns for name in column)
+        return {
+            name: [column.get(name) for column in self.columns for _ in range(self.num_generations)] for name in names
+        }
+
+    def chunks(self, indices: Sequence[int], size: int, num_chunks: int = 0) -> list[list[int]]:
+        """Completions of similar length together, `size` at a time; empty chunks at the end make up `num_chunks`."""
+        ordered = sorted(indices, key=self.length)
+        chunks = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        return chunks + [[] for _ in range(num_chunks - len(chunks))]
+
+
+def padded(values: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Values of each token of several completions, (B, T) with zeros behind, on the device of `like` (B, T)."""
+    rows = pad_sequence([value.to(like.device) for value in values], batch_first=True)
+    return torch.nn.functional.pad(rows, (0, like.shape[1] - rows.shape[1]))

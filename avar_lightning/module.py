@@ -1,0 +1,183 @@
+"""What the training stages share: a Hugging Face model as a LightningModule, its optimizer, validation and export."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import nn
+from torchmetrics import MeanMetric
+from transformers import get_cosine_with_min_lr_schedule_with_warmup
+
+from avar_lightning.model import VLMConfig, load_model, placeholder_ids
+from avar_lightning.processing import load_processor, padding_id
+from avar_lightning.rewards import accuracy_reward
+
+# What a batch carries for us and not for the model's forward.
+NOT_MODEL_INPUTS = ("role_ids", "prompt", "columns", "images")
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    lr: float = 5e-6
+    """Peak learning rate."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay; norms, biases and other vectors are spared."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of AdamW's two moments."""
+    warmup_fraction: float = 0.03
+    """Share of all steps over which the rate climbs from 0, in [0, 1)."""
+    min_lr_fraction: float = 0.0
+    """Where the cosine ends, as a share of `lr`."""
+
+
+Config = TypeVar("Config")
+
+
+def as_config(kind: type[Config], value: Config | dict[str, Any] | None) -> Config:
+    """`value` as `kind`; checkpoints keep configurations as plain dicts."""
+    return value if isinstance(value, kind) else kind(**(value or {}))  # type: ignore[arg-type]
+
+
+class VLMModule(L.LightningModule):
+    """A vision-language model in training: loads, validates, predicts, optimises and exports it.
+
+    Logs `val/loss` and, when answers are generated, `val/accuracy`; the same under `test/` in a test.
+
+    Args:
+        vlm: Which model, and how to load it.
+        optimizer: AdamW and its schedule.
+        max_new_tokens: Longest greedy answer in validation, test and prediction; 0 generates nothing.
+    """
+
+    model: nn.Module  # a Hugging Face PreTrainedModel, PEFT-wrapped with LoRA; there from `configure_model` on
+
+    def __init__(self, vlm: VLMConfig | None, optimizer: OptimizerConfig | None, max_new_tokens: int) -> None:
+        super().__init__()
+        self.vlm = as_config(VLMConfig, vlm)
+        self.optimizer_config = as_config(OptimizerConfig, optimizer)
+        self.max_new_tokens = max_new_tokens
+        self.processor = load_processor(self.vlm.pretrained)
+        self.validation_loss = MeanMetric()
+        self.accuracy = MeanMetric()
+
+    def save_configuration(self, **own: Any) -> None:
+        """Keep the configuration in checkpoints, as plain types."""
+        shared = {"vlm": asdict(self.vlm), "optimizer": asdict(self.optimizer_config)}
+        self.save_hyperparameters(shared | {"max_new_tokens": self.max_new_tokens} | own)
+
+    def configure_model(self) -> None:
+        """Load the weights; here and not earlier, so that a sharding strategy can place them."""
+        if not hasattr(self, "model"):
+            # Loaded models come in eval mode, which Lightning would keep: no checkpointing, no adapter dropout.
+            self.model = load_model(self.vlm).train()
+            # Told apart here: FSDP flattens every parameter to one dimension.
+            self.vectors = {id(parameter) for parameter in self.model.parameters() if parameter.ndim < 2}
+
+    def setup(self, stage: str) -> None:
+        """Take the data's processor, whose limits on pixels are those that the exported model needs."""
+        self.processor = getattr(getattr(self.trainer, "datamodule", None), "processor", self.processor)
+
+    def forward(self, batch: dict[str, Any]) -> Any:
+        """The model's own output for a collated batch, LM loss included where it has labels."""
+        inputs = {name: value for name, value in batch.items() if name not in NOT_MODEL_INPUTS}
+        return self.model(**inputs, use_cache=False)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """LM loss of the reference responses, and accuracy of generated ones."""
+        loss = self(batch).loss
+        size = len(batch["input_ids"])
+        num_labels = (batch["labels"][:, 1:] != -100).sum()
+        if num_labels:  # a batch of prompts without reference responses has no loss
+            self.validation_loss.update(loss, weight=num_labels)
+        stage = "test" if self.trainer.testing else "val"
+        self.log(f"{stage}/loss", self.validation_loss, batch_size=size)
+        if self.max_new_tokens:
+            self._score(self.generate(batch), batch["columns"])
+            self.log(f"{stage}/accuracy", self.accuracy, prog_bar=True, batch_size=size)
+
+    def _score(self, completions: list[str], columns: list[dict[str, Any]]) -> None:
+        # A sample that only fills up another rank's last batch is scored where it belongs.
+        scored = [
+            (text, column["answer"])
+            for text, column in zip(completions, columns)
+            if column.get("answer") is not None and not column.get("repeated")
+        ]
+        if not any(column.get("answer") is not None for column in columns):
+            raise ValueError(
+                "No sample of a validation batch has an 'answer', expected one to score generated answers against; add "
+                "answers to the shards, or set --model.init_args.max_new_tokens 0."
+            )
+        if scored:
+            texts, answers = map(list, zip(*scored))
+            self.accuracy.update(torch.tensor(accuracy_reward(texts, answer=answers)))
+
+    test_step = validation_step
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        """Each sample's columns (id, answer, source, …) with its greedy `completion`.
+
+        Raises:
+            ValueError: `max_new_tokens` is 0.
+        """
+        if not self.max_new_tokens:
+            raise ValueError(
+                "max_new_tokens is 0, expected 1 or more to predict; set --model.init_args.max_new_tokens."
+            )
+        completions = self.generate(batch)
+        return [columns | {"completion": text} for columns, text in zip(batch["columns"], completions)]
+
+    @torch.no_grad()
+    def generate(self, batch: dict[str, Any]) -> list[str]:
+        """Greedy completions of a batch's prompts (`batch["prompt"]`, left-padded; images come from the batch)."""
+        sequences = ("input_ids", "attention_mask", "labels", *batch["prompt"])
+        shared = {k: v for k, v in batch.items() if k not in NOT_MODEL_INPUTS and k not in sequences}
+        prompt = {k: v for k, v in batch["prompt"].items() if k not in NOT_MODEL_INPUTS}
+        tokens = self.model.generate(  # type: ignore[operator]
+            **prompt,
+            **shared,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            suppress_tokens=placeholder_ids(self.model.config),
+            pad_token_id=padding_id(self.processor),
+            eos_token_id=self.processor.tokenizer.eos_token_id,
+        )
+        return self.processor.batch_decode(tokens[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    def num_optimizer_steps(self) -> float:
+        """Updates of the whole training, infinite where the data's length is unknown."""
+        return self.trainer.estimated_stepping_batches
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW over the parameters that train, with warm-up and cosine by step."""
+        config = self.optimizer_config
+        steps = self.num_optimizer_steps()
+        if not math.isfinite(steps):
+            raise ValueError(
+                f"The number of training steps is {steps}, expected a finite one for the cosine schedule; set "
+                "trainer.max_steps, or train on shards with a manifest and set trainer.max_epochs."
+            )
+        trained = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if id(p) not in self.vectors], "weight_decay": config.weight_decay},
+            {"params": [p for p in trained if id(p) in self.vectors], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]))
+        schedule = get_cosine_with_min_lr_schedule_with_warmup(
+            optimizer, round(config.warmup_fraction * steps), int(steps), min_lr_rate=config.min_lr_fraction
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write a Hugging Face folder (model or adapters, and processor) that opens without this project."""
+        folder = Path(folder)
+        self.model.save_pretrained(folder)  # type: ignore[operator]
+        self.processor.save_pretrained(folder)
+        return folder
