@@ -75,7 +75,7 @@ class InterventionCallback(Callback):
         seed: int = 0,
         max_new_tokens: int = 256,
         max_batches: int | None = None,
-        reward: Callable[..., list[float]] | None = None,
+        reward: Callable[..., Sequence[float | None]] | None = None,
         processor: Any = None,
         model: str | None = None,
     ) -> None:
@@ -102,7 +102,7 @@ class InterventionCallback(Callback):
             )
         self.ablation, self.num_random, self.seed = ablation, num_random, seed
         self.max_new_tokens, self.max_batches = max_new_tokens, max_batches
-        self.reward = reward or accuracy_reward
+        self.reward: interventions.Reward = reward or accuracy_reward
         self.processor, self.model = processor, model
         self.results: dict[str, dict[str, Any]] = {}
         """Of the last run, by setting: means and paired differences, as `interventions.compare` gives them."""

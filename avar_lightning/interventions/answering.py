@@ -22,7 +22,7 @@ from avar_lightning.rewards import accuracy_reward, extract_answer
 from avar_lightning.roles import Role
 from avar_lightning.vas import visual_attention_score
 
-Reward = Callable[..., list[float]]
+Reward = Callable[..., Sequence[float | None]]
 METRICS = ("accuracy", "vas", "vas_ratio_of_means", "vas_response", "vas_ratio_of_means_response")
 """What is known of each answer: its reward, and VAS of the prompt's user tokens and of the answer's own tokens."""
 
@@ -159,7 +159,7 @@ def _score(completions: list[str], columns: Sequence[Mapping[str, Any]], reward:
     if scored:
         given = {name: [columns[i].get(name) for i in scored] for name in names}
         for i, value in zip(scored, reward([completions[i] for i in scored], **given), strict=True):
-            rewards[i] = float(value)
+            rewards[i] = math.nan if value is None else float(value)
     return rewards
 
 
