@@ -50,10 +50,11 @@ def group_advantages(
         )
     groups = rewards.view(-1, num_generations)
     differ = groups.max(1).values > groups.min(1).values
-    centred = (groups - groups.mean(1, keepdim=True)).where(differ[:, None], 0.0)
+    advantages = groups - groups.mean(1, keepdim=True)
     if scale:
-        centred = centred / (groups.std(1, keepdim=True) + eps)
-    return centred.flatten(), differ
+        advantages = advantages / (groups.std(1, keepdim=True) + eps)
+    # Equal rewards have a mean that rounding may put beside them.
+    return advantages.where(differ[:, None], 0.0).flatten(), differ
 
 
 def kl_divergence(per_token_logps: Tensor, ref_per_token_logps: Tensor) -> Tensor:
