@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from avar_lightning.processing import resolve_pretrained
@@ -101,6 +107,26 @@ def load_model(config: VLMConfig | str = "demo") -> PreTrainedModel | PeftModel:
     for pattern in config.freeze:
         _freeze(model, pattern)
     return _add_lora(model, config.lora) if config.lora else model
+
+
+def save_weights(model: nn.Module, folder: str | Path) -> None:
+    """Write a model's weights (with PEFT: its adapters) in Hugging Face format, gathered where they are sharded.
+
+    The first process writes; the folder is whole or not there. A collective call, where there are several.
+    """
+    folder = Path(folder)
+    options: dict[str, Any] = {}
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        options["state_dict"] = get_model_state_dict(model, options=whole)
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return
+    unfinished = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    save: Any = model.save_pretrained
+    save(unfinished, **options)
+    unfinished.rename(folder)
 
 
 def placeholder_ids(config: Any) -> list[int] | None:
