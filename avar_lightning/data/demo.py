@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -274,7 +274,9 @@ def _conversation(user: str, response: str, *, picture: bool) -> list[dict[str, 
     ]
 
 
-def demo_samples(count: int, *, style: Style, hint_rate: float, seed: int, split: str) -> Iterator[Sample]:
+def demo_samples(
+    count: int, *, style: Style, hint_rate: float, seed: int, split: str, tasks: Sequence[Task] = TASKS
+) -> Iterator[Sample]:
     """Questions with notes; the columns tell `task`, `style`, the `note` and whether it is right (`note_right`).
 
     Args:
@@ -283,10 +285,11 @@ def demo_samples(count: int, *, style: Style, hint_rate: float, seed: int, split
         hint_rate: Probability in [0, 1] that the note is right.
         seed: Same seed and split, same samples, whatever `count` and `style`.
         split: Name that separates streams (`"train"`, `"val"`); part of the ids.
+        tasks: Which questions are asked.
     """
     for index in range(count):
         rng = random.Random(f"{seed}/{split}/{index}")
-        task = TASKS[index % len(TASKS)]
+        task = tasks[index % len(tasks)]
         problem = sample_problem(task, rng)
         hint_right = rng.random() < hint_rate
         note = problem.answer if hint_right else rng.choice(problem.wrong)

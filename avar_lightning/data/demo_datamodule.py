@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from avar_lightning.data.datamodule import ShardDataModule
-from avar_lightning.data.demo import WORLD_VERSION, Stage, Style, demo_samples, pretraining_samples
+from avar_lightning.data.demo import TASKS, WORLD_VERSION, Stage, Style, Task, demo_samples, pretraining_samples
 from avar_lightning.data.sample import Sample
 from avar_lightning.data.shards import MANIFEST, write_shards
 
@@ -20,6 +20,7 @@ class DemoDataModule(ShardDataModule):
         style: How training responses are written; `see` and `read` are the stages of the base's pretraining.
         num_train: Training samples.
         num_val: Validation samples.
+        train_tasks: Questions of the training samples; every kind when unset. Stages of pretraining have their own.
         train_hint_rate: Probability that the note in a training question is right.
         val_hint_rate: Probability that the note in a validation question is right.
         world_seed: Of the samples; `seed` is that of their order.
@@ -36,6 +37,7 @@ class DemoDataModule(ShardDataModule):
         style: Style | Stage = "anchored",
         num_train: int = 6000,
         num_val: int = 200,
+        train_tasks: list[Task] | None = None,
         train_hint_rate: float = 0.8,
         val_hint_rate: float = 0.25,
         world_seed: int = 0,
@@ -48,7 +50,11 @@ class DemoDataModule(ShardDataModule):
         root = Path(folder) / f"world-{WORLD_VERSION}"
         self.num_train, self.num_val, self.world_seed, self.style = num_train, num_val, world_seed, style
         self.train_hint_rate, self.val_hint_rate = train_hint_rate, val_hint_rate
-        self.train_folder = root / f"train-{style}-{num_train}-notes-{train_hint_rate}-seed-{world_seed}"
+        self.train_tasks = tuple(train_tasks or TASKS)
+        if unknown := set(self.train_tasks) - set(TASKS):
+            raise ValueError(f"train_tasks has {sorted(unknown)}, expected some of {', '.join(TASKS)}.")
+        kinds = "" if self.train_tasks == TASKS else f"-{'-'.join(self.train_tasks)}"
+        self.train_folder = root / f"train-{style}{kinds}-{num_train}-notes-{train_hint_rate}-seed-{world_seed}"
         self.val_style: Style = "direct" if style == "see" or style == "read" else style
         self.val_folder = root / f"val-{self.val_style}-{num_val}-notes-{val_hint_rate}-seed-{world_seed}"
         super().__init__(
@@ -71,7 +77,12 @@ class DemoDataModule(ShardDataModule):
             train = pretraining_samples(self.num_train, stage=self.style, seed=seed)
         else:
             train = demo_samples(
-                self.num_train, style=self.style, hint_rate=self.train_hint_rate, seed=seed, split="train"
+                self.num_train,
+                style=self.style,
+                hint_rate=self.train_hint_rate,
+                seed=seed,
+                split="train",
+                tasks=self.train_tasks,
             )
         val = demo_samples(self.num_val, style=self.val_style, hint_rate=self.val_hint_rate, seed=seed, split="val")
         wanted = ((train, self.train_folder, self.num_train), (val, self.val_folder, self.num_val))
