@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from numpy.typing import NDArray
 
 from avar_lightning.callbacks.measurement import Measurement
 from avar_lightning.callbacks.overlay import Overlay
@@ -16,15 +18,19 @@ if TYPE_CHECKING:
 
 
 def log_figures(loggers: Sequence[Logger], figures: Iterable[tuple[str, Figure]], *, step: int) -> None:
-    """Give figures to each logger that takes pictures, by name.
+    """Give figures to each logger that takes pictures, by name; without one nothing is drawn."""
+    log_pixels(loggers, ((name, render(figure)) for name, figure in figures), step=step)
 
-    Those are TensorBoardLogger and loggers with WandbLogger's `log_image`; without one nothing is drawn.
+
+def log_pixels(loggers: Sequence[Logger], pictures: Iterable[tuple[str, NDArray[np.uint8]]], *, step: int) -> None:
+    """Give pictures (height, width, 3) to each logger that takes them, by name; without one none is made.
+
+    Those are TensorBoardLogger and loggers with WandbLogger's `log_image`.
     """
     takers = [item for item in loggers if isinstance(item, TensorBoardLogger) or hasattr(item, "log_image")]
     if not takers:
         return
-    for name, figure in figures:
-        pixels = render(figure)
+    for name, pixels in pictures:
         for logger in takers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image(name, pixels, step, dataformats="HWC")

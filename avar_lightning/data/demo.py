@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from avar_lightning.data.sample import Sample
 
 Task = Literal["locate", "count", "compare", "chart", "angle"]
-Style = Literal["direct", "reasoned", "anchored"]
+Style = Literal["direct", "reasoned", "anchored", "mixed"]
 Stage = Literal["see", "read"]
 
 TASKS: tuple[Task, ...] = ("locate", "count", "compare", "chart", "angle")
@@ -245,7 +245,8 @@ def respond(problem: Problem, note: str, style: Style) -> str:
     """The assistant's answer in one of three styles.
 
     `direct` answers at once; `reasoned` reasons over the text alone and never mentions looking; `anchored` describes
-    the picture, looks again at what the question needs, and weighs the note against it.
+    the picture, looks again at what the question needs, and weighs the note against it. `mixed`, which is a style of
+    samples, is none of a response.
     """
     answer = f"<answer>{problem.answer}</answer>"
     if style == "direct":
@@ -281,7 +282,8 @@ def demo_samples(
 
     Args:
         count: Number of samples; the tasks take turns, so that each has the same share.
-        style: How the assistant answers.
+        style: How the assistant answers; `mixed` draws one of the styles for each sample, so that a model trained on
+            it has a choice to make.
         hint_rate: Probability in [0, 1] that the note is right.
         seed: Same seed and split, same samples, whatever `count` and `style`.
         split: Name that separates streams (`"train"`, `"val"`); part of the ids.
@@ -294,9 +296,11 @@ def demo_samples(
         hint_right = rng.random() < hint_rate
         note = problem.answer if hint_right else rng.choice(problem.wrong)
         user = f"{problem.question} Note: it may be {note}."
+        image = problem.scene.draw(rng)
+        response = respond(problem, note, rng.choice(STYLES) if style == "mixed" else style)
         yield Sample(
-            messages=_conversation(user, respond(problem, note, style), picture=True),
-            images=[problem.scene.draw(rng)],
+            messages=_conversation(user, response, picture=True),
+            images=[image],
             answer=problem.answer,
             id=f"{split}-{index:06d}",
             source=f"demo/{split}",

@@ -17,7 +17,8 @@ class DemoDataModule(ShardDataModule):
 
     Args:
         folder: Where the shards are kept, in one subfolder for each choice of the options below.
-        style: How training responses are written; `see` and `read` are the stages of the base's pretraining.
+        style: How training responses are written; `see` and `read` are the stages of the base's pretraining. The
+            reference responses of validation are `anchored` for `mixed`, `direct` for these stages.
         num_train: Training samples.
         num_val: Validation samples.
         train_tasks: Questions of the training samples; every kind when unset. Stages of pretraining have their own.
@@ -55,7 +56,8 @@ class DemoDataModule(ShardDataModule):
             raise ValueError(f"train_tasks has {sorted(unknown)}, expected some of {', '.join(TASKS)}.")
         kinds = "" if self.train_tasks == TASKS else f"-{'-'.join(self.train_tasks)}"
         self.train_folder = root / f"train-{style}{kinds}-{num_train}-notes-{train_hint_rate}-seed-{world_seed}"
-        self.val_style: Style = "direct" if style == "see" or style == "read" else style
+        reference: dict[Style | Stage, Style] = {"see": "direct", "read": "direct", "mixed": "anchored"}
+        self.val_style: Style = reference.get(style, style)  # type: ignore[arg-type]
         self.val_folder = root / f"val-{self.val_style}-{num_val}-notes-{val_hint_rate}-seed-{world_seed}"
         super().__init__(
             train=str(self.train_folder),

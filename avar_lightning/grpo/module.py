@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from avar_lightning.grpo.config import GRPOConfig
 from avar_lightning.grpo.policy import completion_batch, completion_logps
 from avar_lightning.grpo.rollouts import Rollouts, padded
 from avar_lightning.losses import group_advantages, grpo_loss, importance_weights
-from avar_lightning.model import VLMConfig, load_model
+from avar_lightning.model import VLMConfig
 from avar_lightning.module import OptimizerConfig, VLMModule, as_config
 from avar_lightning.processing import padding_id, tokenizer_of
 from avar_lightning.rewards import RewardConfig, VisualAttentionReward, call_rewards, total_reward
@@ -115,8 +116,7 @@ class GRPOModule(VLMModule):
         """Load the policy, and beside it a frozen copy where the KL needs one."""
         super().configure_model()
         if self.grpo.beta and self.vlm.lora is None and not hasattr(self, "reference"):
-            config = replace(self.vlm, gradient_checkpointing=False, freeze=[])
-            self.reference = load_model(config).eval().requires_grad_(False)
+            self.reference = copy.deepcopy(self.model).eval().requires_grad_(False)
 
     def on_fit_start(self) -> None:
         """Set the engine up, and refuse what manual optimisation cannot do."""

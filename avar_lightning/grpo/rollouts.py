@@ -103,11 +103,41 @@ class Rollouts:
             name: [column.get(name) for column in self.columns for _ in range(self.num_generations)] for name in names
         }
 
+    def table(self, num_prompts: int) -> list[dict[str, Any]]:
+        """Everything about the completions of the first prompts, one mapping each, as plain types."""
+        rows = []
+        for index in range(min(num_prompts, len(self.prompts)) * self.num_generations):
+            prompt = index // self.num_generations
+            column = self.columns[prompt]
+            rows.append(
+                {
+                    "prompt": prompt,
+                    "id": column.get("id"),
+                    "question": question_of(self.prompts.messages[prompt]),
+                    "answer": column.get("answer"),
+                    "completion": self.texts[index],
+                    **{name: values[index] for name, values in self.rewards.items()},
+                    "total": self.total[index],
+                    "advantage": float(self.advantages[index]),
+                    "vas": self.vas[index],
+                    "length": len(self.token_ids[index]),
+                    "finished": self.finished[index],
+                }
+            )
+        return rows
+
     def chunks(self, indices: Sequence[int], size: int, num_chunks: int = 0) -> list[list[int]]:
         """Completions of similar length together, `size` at a time; empty chunks at the end make up `num_chunks`."""
         ordered = sorted(indices, key=self.length)
         chunks = [ordered[start : start + size] for start in range(0, len(ordered), size)]
         return chunks + [[] for _ in range(num_chunks - len(chunks))]
+
+
+def question_of(messages: Sequence[Mapping[str, Any]]) -> str:
+    """The text of the last user turn."""
+    content = next((turn["content"] for turn in reversed(messages) if turn["role"] == "user"), "")
+    parts = [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
+    return " ".join(parts)
 
 
 def padded(values: Sequence[Tensor], like: Tensor) -> Tensor:
