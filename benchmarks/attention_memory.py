@@ -11,19 +11,16 @@ benchmarks/results/, with device, versions and date.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from measuring import about, as_cell, as_columns, synchronize, write
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -138,12 +135,6 @@ def measure_seconds(args: argparse.Namespace, length: int) -> dict[str, list[flo
     return seconds
 
 
-def synchronize(device: str) -> None:
-    """Wait for the device."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
 def in_process(args: argparse.Namespace, what: str) -> Any:
     """Run one measurement in a fresh process and return what it prints."""
     command = [sys.executable, __file__, *args.forwarded, "--measure", what]
@@ -151,11 +142,6 @@ def in_process(args: argparse.Namespace, what: str) -> Any:
     if done.returncode:
         raise SystemExit(f"measurement {what!r} failed with status {done.returncode}; out of memory when negative.")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def quantiles(values: list[float]) -> list[float]:
-    """20th, 50th and 80th percentile."""
-    return torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -167,47 +153,10 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             ratios = [mine / plain for mine, plain in zip(seconds[name], seconds["sdpa"], strict=True)]
             row = {"length": length, "implementation": name}
             row["peak_mib"] = round(in_process(args, f"memory:{length}:{name}"), 1)
-            row |= dict(zip(("seconds_p20", "seconds_p50", "seconds_p80"), map(rounded, quantiles(seconds[name]))))
-            row |= dict(zip(("ratio_p20", "ratio_p50", "ratio_p80"), map(rounded, quantiles(ratios))))
+            row |= as_columns("seconds", seconds[name]) | as_columns("ratio", ratios)
             rows.append(row)
             print(row, flush=True)
     return rows
-
-
-def cpu_name() -> str:
-    """Model name of the processor."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.machine())
-
-
-def about(args: argparse.Namespace) -> dict[str, Any]:
-    """Device, versions and date."""
-    return {
-        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else cpu_name(),
-        "threads": args.threads,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": date.today().isoformat(),
-    }
-
-
-def rounded(value: float) -> float:
-    """Three significant digits."""
-    return float(f"{value:.3g}")
-
-
-def write(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
-    """The CSV, and the table for reading."""
-    environment = about(args)
-    shape = {name: getattr(args, name) for name in ("dtype", "layers", "heads", "key_heads", "head_dim", "repeats")}
-    path = args.output / f"attention_memory_{args.device.split(':')[0]}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *shape, *environment])
-        writer.writeheader()
-        writer.writerows(row | shape | environment for row in rows)
-    path.with_suffix(".md").write_text(table(rows, shape | environment))
-    print(f"wrote {path} and {path.with_suffix('.md').name}")
 
 
 def table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
@@ -224,11 +173,7 @@ def table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
     ]
     for length in dict.fromkeys(row["length"] for row in rows):
         sdpa, observed, eager = (peak[length, name] for name in IMPLEMENTATIONS)
-        times = {
-            row["implementation"]: f"{row['ratio_p50']:.2f} ({row['ratio_p20']:.2f} to {row['ratio_p80']:.2f})"
-            for row in rows
-            if row["length"] == length
-        }
+        times = {row["implementation"]: as_cell(row, "ratio") for row in rows if row["length"] == length}
         lines.append(
             f"| {length} | {sdpa:.0f} | {observed:.0f} | {eager:.0f} | {eager / observed:.1f}× "
             f"| {times['observed']} | {times['eager']} |"
@@ -260,7 +205,10 @@ def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
     if args.measure is None:
-        write(run(args), args)
+        names = ("dtype", "layers", "heads", "key_heads", "head_dim", "repeats")
+        settings = {name: getattr(args, name) for name in names} | about(args.device, args.threads)
+        rows = run(args)
+        write(args.output / f"attention_memory_{args.device.split(':')[0]}.csv", rows, settings, table(rows, settings))
         return
     what, length, *name = args.measure.split(":")
     result = measure_memory(args, name[0], int(length)) if what == "memory" else measure_seconds(args, int(length))

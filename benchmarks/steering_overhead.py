@@ -10,7 +10,6 @@ its round. Decoding is timed too: one new token over a cache. Writes a CSV and a
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention_memory import about, make_roles, quantiles, rounded, synchronize
+from attention_memory import make_roles
+from measuring import about, as_cell, as_columns, quantiles, rounded, synchronize, write
 from transformers import PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from avar_lightning import steer_attention
@@ -117,18 +117,13 @@ def main() -> None:
         for (phase, way), values in seconds.items():
             ratios = [value / plain for value, plain in zip(values, seconds[phase, "unsteered"], strict=True)]
             row = {"length": length, "phase": phase, "steering": way, "seconds_p50": rounded(quantiles(values)[1])}
-            row |= dict(zip(("ratio_p20", "ratio_p50", "ratio_p80"), map(rounded, quantiles(ratios)), strict=True))
+            row |= as_columns("ratio", ratios)
             rows.append(row)
             print(row, flush=True)
-    settings = {name: getattr(args, name) for name in ("dtype", "attn", "layers", "repeats")} | about(args)
+    settings = {name: getattr(args, name) for name in ("dtype", "attn", "layers", "repeats")}
+    settings |= about(args.device, args.threads)
     path = args.output / f"steering_overhead_{args.device.split(':')[0]}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *settings])
-        writer.writeheader()
-        writer.writerows(row | settings for row in rows)
-    path.with_suffix(".md").write_text(table(rows, args.lengths, settings))
-    print(f"wrote {path} and {path.with_suffix('.md').name}")
+    write(path, rows, settings, table(rows, args.lengths, settings))
 
 
 def table(rows: list[dict], lengths: list[int], settings: dict) -> str:
@@ -147,8 +142,7 @@ def table(rows: list[dict], lengths: list[int], settings: dict) -> str:
         cells = []
         for phase in ("prefill", "decode"):
             for length in lengths:
-                row = found[length, phase, way]
-                cells.append(f"{row['ratio_p50']:.3f} ({row['ratio_p20']:.3f} to {row['ratio_p80']:.3f})")
+                cells.append(as_cell(found[length, phase, way], "ratio", digits=3))
         lines.append(f"| {way} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

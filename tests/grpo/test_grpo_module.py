@@ -8,12 +8,12 @@ import torch
 
 from avar_lightning import GRPOModule
 from avar_lightning.grpo import GRPOConfig
-from avar_lightning.losses import POLICY_LOSSES, grpo_loss
+from avar_lightning.losses import POLICY_LOSSES
 from avar_lightning.model import LoRAConfig, VLMConfig
 from avar_lightning.module import OptimizerConfig
 from avar_lightning.rewards import RewardConfig, VisualAttentionReward
 from avar_lightning.roles import Role
-from avar_lightning.rollout import Completions, HFRolloutEngine, SamplingConfig
+from avar_lightning.rollout import Completions, HFRolloutEngine, Prompts, SamplingConfig
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 G = 4
@@ -396,31 +396,43 @@ def test_autocast_learns_too(prompts):
     assert float(torch.cosine_similarity(one, two, 0)) > 0.9
 
 
-def test_two_processes_learn_what_one_does(prompts, tmp_path):
-    """Each has half of the prompts, and other numbers of them without variance."""
-    one, two = make_module(rollout=Fixed()), make_module(rollout=Fixed())
-    fit(one, prompts(batch_size=4, shuffle_buffer=0, num_train=64), steps=1)
-    data = prompts(batch_size=2, shuffle_buffer=0, num_train=64)
-    trainer = fit(
-        two, data, steps=1, strategy="ddp_spawn", devices=2, default_root_dir=tmp_path, callbacks=[Save(tmp_path)]
-    )
+def test_two_processes_learn_from_all_completions_as_one_would(prompts, tmp_path):
+    """Each has its own prompts, and its own number of completions that are left out."""
+    config = GRPOConfig(num_generations=G, micro_batch_size=3, max_grad_norm=0.0, loss_type="dapo")
+    processes = {"strategy": "ddp_spawn", "devices": 2, "default_root_dir": tmp_path}
+    module = make_module(config, rollout=Fixed(empty=True))
+    trainer = fit(module, prompts(batch_size=2), callbacks=[Save(tmp_path)], **processes)
     assert trainer.world_size == 2
-    states = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
-    assert states[0]["weights"].keys() == one.model.state_dict().keys()
-    for name, tensor in states[0]["weights"].items():
-        assert torch.equal(tensor, states[1]["weights"][name])
-    ids = {row for state in states for row in state["ids"]}
-    assert len(ids) == 4
+    states = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    rollouts = [state["rollouts"] for state in states]
+    assert len({column["id"] for part in rollouts for column in part.columns}) == 4
+    twin = make_module(config)
+    twin.configure_model()
+    twin.eval()
+    logps = [one_by_one(twin.model, part) for part in rollouts]
+    total = sum(len(row) for part in logps for row in part)
+    pairs = [pair for part, own in zip(rollouts, logps) for pair in zip(own, part.advantages)]
+    sum(-((row - row.detach()).exp() * advantage).sum() / total for row, advantage in pairs).backward()
+    for name, parameter in twin.named_parameters():
+        for state in states:
+            torch.testing.assert_close(state["gradients"][name], parameter.grad, rtol=1e-3, atol=2e-6, msg=name)
+        assert torch.equal(states[0]["weights"][name], states[1]["weights"][name])
 
 
 class Save(L.Callback):
+    """Writes what each process had."""
+
     def __init__(self, folder):
-        self.folder = folder
+        self.folder, self.watch = folder, Watch()
+
+    def on_before_optimizer_step(self, *args):
+        self.watch.on_before_optimizer_step(*args)
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         state = {
-            "weights": pl_module.model.state_dict(),
-            "ids": [column["id"] for column in pl_module.rollouts.columns],
+            "weights": dict(pl_module.named_parameters()),
+            "gradients": self.watch.gradients,
+            "rollouts": pl_module.rollouts,
         }
         torch.save(state, self.folder / f"{trainer.global_rank}.pt")
 
@@ -429,8 +441,6 @@ def test_sampling_is_reproducible_and_never_gives_a_placeholder(prompts):
     module = make_module(temperature=2.0)
     module.configure_model()
     batch = next(iter(prompts().train_dataloader()))
-    from avar_lightning.rollout import Prompts
-
     engine = HFRolloutEngine(batch_size=5)
     engine.setup(module.model, module.processor, SamplingConfig(max_new_tokens=8, temperature=2.0))
     asked = Prompts(batch["rows"], batch["messages"], batch["images"])
@@ -448,8 +458,6 @@ def test_stop_tokens_end_a_completion_and_must_be_tokens(prompts):
     engine = HFRolloutEngine()
     engine.setup(module.model, module.processor, config)
     batch = next(iter(prompts().train_dataloader()))
-    from avar_lightning.rollout import Prompts
-
     found = engine.generate(Prompts(batch["rows"], batch["messages"], batch["images"]), 2, seed=0)
     ends = set(config.end_ids(module.model, module.processor))
     assert len(ends) >= 3
@@ -472,10 +480,3 @@ def test_bad_configurations_are_refused(prompts):
         make_module(rewards=[RewardConfig("no.such.reward")])
     with pytest.raises(ValueError, match="train_prompts true"):
         fit(make_module(), prompts(train_prompts=False))
-
-
-def test_loss_function_is_what_the_module_uses():
-    """The module's parity with TRL rests on this one function."""
-    import avar_lightning.grpo.module as module
-
-    assert module.grpo_loss is grpo_loss

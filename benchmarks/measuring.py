@@ -1,0 +1,67 @@
+"""What the benchmarks share: quantiles of paired ratios, where they were measured, and their files."""
+
+from __future__ import annotations
+
+import csv
+import platform
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+
+def quantiles(values: list[float]) -> list[float]:
+    """20th, 50th and 80th percentile."""
+    return torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
+
+
+def as_columns(name: str, values: list[float]) -> dict[str, float]:
+    """The percentiles under `<name>_p20`, `<name>_p50` and `<name>_p80`."""
+    columns = (f"{name}_p20", f"{name}_p50", f"{name}_p80")
+    return dict(zip(columns, map(rounded, quantiles(values)), strict=True))
+
+
+def as_cell(row: dict[str, Any], name: str, digits: int = 2) -> str:
+    """The same as "p50 (p20 to p80)"."""
+    low, middle, high = (f"{row[f'{name}_{p}']:.{digits}f}" for p in ("p20", "p50", "p80"))
+    return f"{middle} ({low} to {high})"
+
+
+def rounded(value: float) -> float:
+    """Three significant digits."""
+    return float(f"{value:.3g}")
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def about(device: str, threads: int) -> dict[str, Any]:
+    """Device, versions and date."""
+    return {
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else _cpu_name(),
+        "threads": threads,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": date.today().isoformat(),
+    }
+
+
+def write(path: Path, rows: list[dict[str, Any]], settings: dict[str, Any], table: str) -> None:
+    """The CSV, and beside it the table for reading."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *settings])
+        writer.writeheader()
+        writer.writerows(row | settings for row in rows)
+    path.with_suffix(".md").write_text(table)
+    print(f"wrote {path} and {path.with_suffix('.md').name}")
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.machine())
