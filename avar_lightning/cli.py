@@ -17,6 +17,7 @@ from avar_lightning.errors import condense, told
 from avar_lightning.files import write_json, write_jsonl
 
 SUMMARY_ROWS = (
+    ("mean reward", "reward/total", "{:.3f}"),
     ("accuracy", "val/accuracy", "{:.3f}"),
     ("VAS of user tokens", "val/vas", "{:.2f}"),
     ("VAS of responses", "val/vas_response", "{:.2f}"),
@@ -85,11 +86,16 @@ def export(trainer: L.Trainer, model: L.LightningModule, folder: Path) -> Path |
 
 
 def measurements(trainer: L.Trainer) -> tuple[dict[str, float], dict[str, float]]:
-    """What was measured before training (by a callback that keeps a `baseline`), and last."""
+    """What was measured before training (by a callback that keeps a `baseline`), and last.
+
+    What a module measures in every batch is in its `trend`: means over the first and over the last of them.
+    """
     baselines = (getattr(callback, "baseline", None) for callback in getattr(trainer, "callbacks", []))
     before: dict[str, float] = next((found for found in baselines if isinstance(found, dict)), {})
+    before = {name: float(value) for name, value in before.items()}
     after = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    return {name: float(value) for name, value in before.items()}, after
+    first, last = getattr(trainer.lightning_module, "trend", ({}, {}))
+    return before | first, after | last
 
 
 def summary_table(

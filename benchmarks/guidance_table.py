@@ -9,23 +9,20 @@ kept, so an interrupted table continues where it stopped.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import platform
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from importlib import metadata
 from pathlib import Path
 
 from tqdm import tqdm
+from trainings import ROOT, run_folder, train
 
 from avar_lightning.data import DemoDataModule
 from avar_lightning.report import plot_results, results_table
 
-ROOT = Path(__file__).parents[1]
 QUERY_SETS = {"U": ["user"], "T": ["response"], "U∪T": ["user", "response"]}
 ARMS = {"plain": ("none", "T")} | {
     f"{form}, Q = {name}": (form, name) for form in ("published", "share", "hinge") for name in QUERY_SETS
@@ -39,43 +36,23 @@ METRICS = {
 }
 
 
-def run_folder(arm: str, seed: int, folder: Path, steps: int, extra: list[str]) -> Path:
-    """Where the run of one arm with one seed lies; a changed recipe, world, base or option has another folder."""
-    sources = (
-        "configs/avar_sft.yaml",
-        "avar_lightning/data/demo.py",
-        "avar_lightning/data/demo_base/model.safetensors",
-    )
-    recipe = hashlib.sha256(b"".join((ROOT / source).read_bytes() for source in sources))
-    recipe.update(repr((steps, extra)).encode())
-    name = arm.replace(", Q = ", "_").replace("∪", "")
-    return folder / name / f"seed_{seed}_{recipe.hexdigest()[:8]}"
+SOURCES = [
+    "configs/avar_sft.yaml",
+    "avar_lightning/data/demo.py",
+    "avar_lightning/data/demo_base/model.safetensors",
+]
 
 
-def train(arm: str, seed: int, folder: Path, steps: int, extra: list[str], *, threads: int) -> None:
-    """Train one arm with one seed unless it is done."""
+def options_of(arm: str, steps: int, extra: list[str]) -> list[str]:
+    """Overrides of one arm."""
     form, queries = ARMS[arm]
-    place = run_folder(arm, seed, folder, steps, extra)
-    if not (place / "summary.json").is_file():
-        log = folder / f"{place.parent.name}_seed_{seed}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        command = [
-            *(sys.executable, "train.py", "fit", "--config", "configs/avar_sft.yaml", f"--seed_everything={seed}"),
-            f"--data.init_args.seed={seed}",
-            f"--model.init_args.guidance.form={form}",
-            f"--model.init_args.guidance.queries=[{','.join(QUERY_SETS[queries])}]",
-            f"--trainer.logger.init_args.save_dir={folder}",
-            f"--trainer.logger.init_args.name={place.parent.name}",
-            f"--trainer.logger.init_args.version={place.name}",
-            f"--trainer.max_steps={steps}",
-            f"--trainer.val_check_interval={steps}",
-            *extra,
-        ]
-        with log.open("w") as output:
-            environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-            done = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        if done.returncode:
-            raise RuntimeError(f"The run {arm!r} with seed {seed} ended with status {done.returncode}; read {log}.")
+    return [
+        f"--model.init_args.guidance.form={form}",
+        f"--model.init_args.guidance.queries=[{','.join(QUERY_SETS[queries])}]",
+        f"--trainer.max_steps={steps}",
+        f"--trainer.val_check_interval={steps}",
+        *extra,
+    ]
 
 
 def main() -> None:
@@ -90,7 +67,11 @@ def main() -> None:
     parser.add_argument("extra", nargs="*", help="further overrides for every run, after --")
     options = parser.parse_args()
 
-    settings = (options.folder.resolve(), options.steps, options.extra)
+    def place_of(arm: str, seed: int) -> Path:
+        name = arm.replace(", Q = ", "_").replace("∪", "")
+        overrides = options_of(arm, options.steps, options.extra)
+        return run_folder(options.folder.resolve(), name, seed, SOURCES, overrides)
+
     jobs = [(arm, seed) for seed in options.seeds for arm in options.arms]
     if not options.collect:
         DemoDataModule().prepare_data()  # once, before the runs would race for it
@@ -98,12 +79,14 @@ def main() -> None:
         with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(jobs), desc="runs") as bar:
 
             def one(job: tuple[str, int]) -> None:
-                train(*job, *settings, threads=threads)
+                arm, seed = job
+                overrides = options_of(arm, options.steps, options.extra)
+                train(place_of(*job), "configs/avar_sft.yaml", seed, overrides, threads=threads)
                 bar.update()
 
             list(pool.map(one, jobs))
 
-    paths = {job: run_folder(*job, *settings) / "summary.json" for job in jobs}
+    paths = {job: place_of(*job) / "summary.json" for job in jobs}
     done = {job: json.loads(path.read_text()) for job, path in paths.items() if path.is_file()}
     if not done:
         raise SystemExit(f"error: no finished run of this recipe in {options.folder}; call without --collect.")

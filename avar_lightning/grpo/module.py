@@ -7,7 +7,7 @@ import math
 import random
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
@@ -38,8 +38,8 @@ DEFAULT_REWARDS = (
 )
 # Batches in a row without a group to learn from after which a warning is due.
 PATIENCE = 10
-# Batches over which the reward at the start and at the end of training is averaged.
-TREND = 10
+# Batches over which rewards and completions at the start and at the end of training are averaged.
+TREND = 5
 
 
 class GRPOModule(VLMModule):
@@ -107,8 +107,8 @@ class GRPOModule(VLMModule):
         """Of the last batch; for callbacks."""
         self._synced: int | None = None  # the step whose weights the engine has
         self._idle = 0  # batches in a row without a group to learn from
-        self._first: list[float] = []
-        self._last: deque[float] = deque(maxlen=TREND)
+        self._first: list[dict[str, float]] = []
+        self._last: deque[dict[str, float]] = deque(maxlen=TREND)
 
     # Set-up
 
@@ -142,11 +142,9 @@ class GRPOModule(VLMModule):
         return min(steps, limit) if limit > 0 else steps
 
     @property
-    def reward_trend(self) -> tuple[float, float] | None:
-        """Mean total reward of the first and of the last batches of this training; None before there are any."""
-        if not self._first:
-            return None
-        return sum(self._first) / len(self._first), sum(self._last) / len(self._last)
+    def trend(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Means of `reward/…` and `rollout/…` over the first and over the last batches of this training."""
+        return _means(self._first), _means(self._last)
 
     # One batch of prompts
 
@@ -171,7 +169,11 @@ class GRPOModule(VLMModule):
         with self._timed("update"):
             logs = self._learn(rollouts)
         self.rollouts = rollouts
-        logs |= self._describe(rollouts) | {f"time/{name}_s": value for name, value in self._seconds.items()}
+        described = self._describe(rollouts)
+        if len(self._first) < TREND:
+            self._first.append(described)
+        self._last.append(described)
+        logs |= described | {f"time/{name}_s": value for name, value in self._seconds.items()}
         size = len(rollouts.prompts)
         self.log("reward/total", logs.pop("reward/total"), prog_bar=True, batch_size=size, sync_dist=True)
         self.log_dict(logs, batch_size=size, sync_dist=True)
@@ -262,10 +264,6 @@ class GRPOModule(VLMModule):
                 f"{sum(rollouts.total) / len(rollouts):.3g}), so nothing was learned; raise sampling.temperature or "
                 "grpo.num_generations, or choose prompts that are neither too easy nor too hard."
             )
-        mean = sum(rollouts.total) / len(rollouts)
-        if len(self._first) < TREND:
-            self._first.append(mean)
-        self._last.append(mean)
 
     # Updates
 
@@ -418,6 +416,13 @@ class GRPOModule(VLMModule):
 
 def _at(values: Sequence[Tensor], indices: Sequence[int]) -> list[Tensor]:
     return [values[index] for index in indices]
+
+
+def _means(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Mean of each name over the rows that have it."""
+    rows = list(rows)
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: _mean([row[name] for row in rows if name in row]) for name in names}
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -3,9 +3,10 @@
 from avar_lightning.report.attention import plot_attention_shares, plot_overlay, plot_vas_map
 from avar_lightning.report.figure import format_number, needs_log_scale, render
 from avar_lightning.report.interventions import interventions_table, plot_differences, plot_sweep
-from avar_lightning.report.trainings import plot_results, results_table
+from avar_lightning.report.trainings import REWARD_COLUMNS, plot_results, results_table
 
 __all__ = [
+    "REWARD_COLUMNS",
     "format_number",
     "interventions_table",
     "needs_log_scale",

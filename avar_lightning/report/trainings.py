@@ -15,13 +15,30 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def plot_results(rows: Sequence[Mapping[str, Any]], *, title: str = "") -> Figure:
-    """Draw accuracy, VAS and image share of several trainings, a dot a seed and a bar for mean ± sd.
+Columns = Mapping[str, tuple[str, float]]
+"""Key of a row → heading, factor to the shown unit."""
+
+GUIDANCE_COLUMNS: Columns = {
+    "accuracy": ("Accuracy (%)", 100.0),
+    "vas": ("VAS (image / system)", 1.0),
+    "share": ("Image share (%)", 100.0),
+}
+REWARD_COLUMNS: Columns = {
+    "accuracy": ("Accuracy (%)", 100.0),
+    "rollouts": ("Accuracy of rollouts (%)", 100.0),
+    "vas": ("VAS of rollouts", 1.0),
+    "length": ("Length of rollouts", 1.0),
+    "vas_reference": ("VAS of references", 1.0),
+}
+
+
+def plot_results(rows: Sequence[Mapping[str, Any]], *, columns: Columns = GUIDANCE_COLUMNS, title: str = "") -> Figure:
+    """Draw what several trainings came to, a panel a column, a dot a seed and a bar for mean ± sd.
 
     Args:
-        rows: one mapping a training: `name`, and lists with one number a seed: `accuracy` (0 to 1), `vas` and
-            `share` (0 to 1). A row with `reference=True` (the model before training) also gets a dashed line
-            down the panels.
+        rows: one mapping a training: `name`, and lists with one number a seed for each column. A row with
+            `reference=True` (the model before training) also gets a dashed line down the panels.
+        columns: what is shown.
         title: heading of the whole picture.
 
     Raises:
@@ -29,9 +46,9 @@ def plot_results(rows: Sequence[Mapping[str, Any]], *, title: str = "") -> Figur
     """
     if not rows:
         raise ValueError("rows is empty, expected one mapping a training.")
-    with new_figure(10.0, 1.5 + 0.42 * len(rows)) as figure:
-        panels = figure.subplots(1, len(_COLUMNS), sharey=True)
-        for axes, (key, (heading, factor)) in zip(panels, _COLUMNS.items(), strict=True):
+    with new_figure(4.0 + 2.0 * len(columns), 1.5 + 0.42 * len(rows)) as figure:
+        panels = figure.subplots(1, len(columns), sharey=True)
+        for axes, (key, (heading, factor)) in zip(panels, columns.items(), strict=True):
             _result_panel(axes, rows, key, factor)
             axes.set_title(heading)
         panels[0].set_yticks(range(len(rows)), [str(row["name"]) for row in rows])
@@ -43,17 +60,9 @@ def plot_results(rows: Sequence[Mapping[str, Any]], *, title: str = "") -> Figur
     return figure
 
 
-_COLUMNS = {
-    "accuracy": ("Accuracy (%)", 100.0),
-    "vas": ("VAS (image / system)", 1.0),
-    "share": ("Image share (%)", 100.0),
-}
-"""Key of a row → heading, factor to the shown unit."""
-
-
 def _result_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, factor: float) -> None:
     everything = factor * np.concatenate([np.asarray(row[key], dtype=float) for row in rows])
-    logarithmic = key == "vas" and needs_log_scale(everything)
+    logarithmic = key.startswith("vas") and needs_log_scale(everything)
     for index, row in enumerate(rows):
         values = factor * np.asarray(row[key], dtype=float)
         colour = "#555555" if row.get("reference") else "#0072B2"
@@ -77,7 +86,7 @@ def _result_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, facto
         axes.set_xlim(0, 103 if factor == 100.0 else 1.08 * float(np.nanmax(everything)))
 
 
-def results_table(rows: Sequence[Mapping[str, Any]]) -> str:
+def results_table(rows: Sequence[Mapping[str, Any]], *, columns: Columns = GUIDANCE_COLUMNS) -> str:
     """Write the rows of `plot_results` as a Markdown table of mean ± standard deviation over seeds.
 
     The standard deviation is the sample's (divided by n - 1), and left out where there is one seed.
@@ -87,11 +96,11 @@ def results_table(rows: Sequence[Mapping[str, Any]]) -> str:
     |---|---|---|---|---|
     | plain | 2 | 60.0 ± 14.1 | 5.0 ± 1.4 | 75.0 |
     """
-    headings = ["training", "seeds", *(heading for heading, _ in _COLUMNS.values())]
+    headings = ["training", "seeds", *(heading for heading, _ in columns.values())]
     lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
     for row in rows:
         cells = [str(row["name"]), str(len(row["accuracy"]))]
-        for key, (_, factor) in _COLUMNS.items():
+        for key, (_, factor) in columns.items():
             values = factor * np.asarray(row[key], dtype=float)
             mean, spread = _mean_sd(values)
             style = ".1f" if mean < 10_000 else ".1e"

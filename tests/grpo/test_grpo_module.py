@@ -233,7 +233,9 @@ def test_everything_that_is_promised_is_logged(prompts):
     expected |= {f"time/{name}_s" for name in ("rollout", "reward", "score", "update")}
     assert expected <= watch.logged[-1].keys()
     assert all(map(math.isfinite, watch.logged[-1].values()))
-    assert module.reward_trend is not None
+    first, last = module.trend
+    assert first == last  # of a single batch
+    assert first["reward/total"] == pytest.approx(watch.logged[-1]["reward/total"])
 
 
 def test_several_updates_of_one_batch_follow_the_ratio(prompts):

@@ -1,0 +1,43 @@
+"""Trainings that a table is made of: each a `train.py` in a process of its own, kept when finished."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_folder(folder: Path, name: str, seed: int, sources: list[str], options: list[str]) -> Path:
+    """Where a run lies; changed sources (recipe, world, starting model) or options have another folder."""
+    recipe = hashlib.sha256(b"".join((ROOT / source).read_bytes() for source in sources))
+    recipe.update(repr(options).encode())
+    return folder / name / f"seed_{seed}_{recipe.hexdigest()[:8]}"
+
+
+def train(place: Path, config: str, seed: int, options: list[str], *, threads: int) -> None:
+    """Run `train.py fit` with a seed into `place`, unless it is done there.
+
+    Raises:
+        RuntimeError: It failed; the message names its log.
+    """
+    if (place / "summary.json").is_file():
+        return
+    log = place.parents[1] / f"{place.parent.name}_{place.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [
+        *(sys.executable, "train.py", "fit", "--config", config, f"--seed_everything={seed}"),
+        f"--data.init_args.seed={seed}",
+        f"--trainer.logger.init_args.save_dir={place.parents[1]}",
+        f"--trainer.logger.init_args.name={place.parent.name}",
+        f"--trainer.logger.init_args.version={place.name}",
+        *options,
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    with log.open("w") as output:
+        done = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False)
+    if done.returncode:
+        raise RuntimeError(f"The run in {place} ended with status {done.returncode}; read {log}.")
