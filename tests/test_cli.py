@@ -30,7 +30,8 @@ def options(folder, **data):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_config_builds_offline(path):
-    recipe = "demo_pretrain.yaml" if path.name.startswith("demo_pretrain") else "avar_sft.yaml"
+    recipe = "avar_grpo.yaml" if "grpo" in path.name else "avar_sft.yaml"
+    recipe = "demo_pretrain.yaml" if path.name.startswith("demo_pretrain") else recipe
     files = [option for name in dict.fromkeys([recipe, path.name]) for option in ("--config", str(CONFIGS / name))]
     cli = build([*files, *BLANK_DEMO, *ON_ONE_CPU])
     written = yaml.safe_load(path.read_text())
@@ -67,6 +68,44 @@ def test_the_7b_run_is_the_papers():
     assert trainer["max_epochs"] == 20
     assert model["optimizer"]["lr"] == 5e-6
     assert model["guidance"] == {"form": "published", "alpha": 0.15, "beta": 0.15, "queries": ["user"]}
+
+
+def test_the_7b_reinforcement_learning_is_the_papers():
+    written = yaml.safe_load((CONFIGS / "qwen2_5_vl_7b_grpo.yaml").read_text())
+    base = yaml.safe_load((CONFIGS / "avar_grpo.yaml").read_text())["model"]["init_args"]
+    trainer, model = written["trainer"], written["model"]["init_args"]
+    assert trainer["devices"] * written["data"]["init_args"]["batch_size"] == 256
+    assert (trainer["max_epochs"], model["optimizer"]["lr"]) == (4, 1e-6)
+    assert (model["grpo"]["num_generations"], model["grpo"]["beta"]) == (8, 0.0)
+    assert model["visual"] == {"transform": "ratio", "weight": 0.3}
+    assert {reward["function"].rpartition(".")[2]: reward["weight"] for reward in base["rewards"]} == {
+        "accuracy_reward": 1.0,
+        "format_reward": 0.1,
+    }
+
+
+def test_reinforcement_learning_writes_everything_it_says(tmp_path):
+    config = str(CONFIGS / "avar_grpo.yaml")
+    data = {"folder": tmp_path / "data", "num_train": 16, "num_val": 5, "batch_size": 3, "num_workers": 0}
+    arguments = ["fit", "--config", config, "--trainer.accelerator=cpu", "--trainer.max_steps=2"]
+    arguments += ["--trainer.val_check_interval=2", "--model.init_args.max_new_tokens=4"]
+    arguments += ["--model.init_args.sampling.max_new_tokens=8", "--model.init_args.grpo.num_generations=4"]
+    arguments += [f"--trainer.logger.init_args.save_dir={tmp_path / 'runs'}"]
+    assert main([*arguments, *(f"--data.init_args.{name}={value}" for name, value in data.items())]) == 0
+    folder = tmp_path / "runs" / "avar_grpo" / "version_0"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {"reward/total", "reward/visual", "rollout/vas", "val/accuracy", "val/vas"} <= summary["before"].keys()
+    assert {"reward/total", "train/kl", "train/clip_fraction_high", "val/accuracy"} <= summary["after"].keys()
+    lines = [json.loads(line) for line in (folder / "completions" / "step_00000001.jsonl").read_text().splitlines()]
+    assert len(lines) == 8
+    assert {"question", "answer", "completion", "accuracy", "format", "visual", "total", "vas"} <= lines[0].keys()
+    assert (folder / "completions" / lines[0]["images"][0]).is_file()
+    events = EventAccumulator(str(folder), size_guidance={"tensors": 0, "images": 0})
+    events.Reload()
+    assert "completions/text_summary" in events.Tags()["tensors"]
+    assert "completions/prompt_0" in events.Tags()["images"]
+    exported = AutoModelForImageTextToText.from_pretrained(folder / "hf")
+    assert exported.config.model_type == "qwen2_5_vl"
 
 
 def test_fit_writes_everything_it_says(tmp_path, capsys):

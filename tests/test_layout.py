@@ -21,7 +21,12 @@ SHIPPED = [*LIBRARY, *CALLBACKS, ROOT / "train.py"]
 DEVELOPMENT = sorted(path for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
 FIRST_PARTY = {"avar_lightning", "tests"} | {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
 # Heavy packages that stand behind one file each: every other file asks that one.
-BEHIND_ONE_FILE = {"matplotlib": "avar_lightning/report/figure.py"}
+BEHIND_ONE_FILE = {
+    "matplotlib": "avar_lightning/report/figure.py",
+    "math_verify": "avar_lightning/mathematics.py",
+    "httpx2": "avar_lightning/rollout/vllm_engine.py",
+    "tenacity": "avar_lightning/rollout/vllm_engine.py",
+}
 NOT_IMPORTED_BY_US = {
     "tensorboard",  # what TensorBoardLogger, which is in every recipe, writes with
     *("pytest-timeout", "pytest-xdist", "ruff", "mypy", "import-linter"),  # a plugin and programs
