@@ -14,7 +14,7 @@ from torch import nn
 from torchmetrics import MeanMetric
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
-from avar_lightning.model import VLMConfig, load_model, placeholder_ids
+from avar_lightning.model import VLMConfig, gathered, load_model, placeholder_ids, shard
 from avar_lightning.processing import load_processor, padding_id
 from avar_lightning.rewards import accuracy_reward
 
@@ -78,8 +78,15 @@ class VLMModule(L.LightningModule):
         if not hasattr(self, "model"):
             # Loaded models come in eval mode, which Lightning would keep: no checkpointing, no adapter dropout.
             self.model = load_model(self.vlm).train()
-            # Told apart here: FSDP flattens every parameter to one dimension.
+            self.shard(self.model)
+            # Told apart here, before FSDP flattens every parameter to one dimension, and after FSDP2 has replaced them.
             self.vectors = {id(parameter) for parameter in self.model.parameters() if parameter.ndim < 2}
+
+    def shard(self, model: Any) -> None:
+        """Share a model's weights among processes, where the strategy is ModelParallelStrategy (FSDP2)."""
+        if self.device_mesh is not None:
+            mixed = self.trainer.precision == "bf16-mixed"
+            shard(model, self.device_mesh["data_parallel"], dtype=torch.bfloat16 if mixed else None)
 
     def setup(self, stage: str) -> None:
         """Take the data's processor, whose limits on pixels are those that the exported model needs."""
@@ -140,15 +147,17 @@ class VLMModule(L.LightningModule):
         sequences = ("input_ids", "attention_mask", "labels", *batch["prompt"])
         shared = {k: v for k, v in batch.items() if k not in NOT_MODEL_INPUTS and k not in sequences}
         prompt = {k: v for k, v in batch["prompt"].items() if k not in NOT_MODEL_INPUTS}
-        tokens = self.model.generate(  # type: ignore[operator]
-            **prompt,
-            **shared,
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            suppress_tokens=placeholder_ids(self.model.config),
-            pad_token_id=padding_id(self.processor),
-            eos_token_id=self.processor.tokenizer.eos_token_id,
-        )
+        with gathered(self.model):
+            tokens = self.model.generate(  # type: ignore[operator]
+                **prompt,
+                **shared,
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                suppress_tokens=placeholder_ids(self.model.config),
+                pad_token_id=padding_id(self.processor),
+                eos_token_id=self.processor.tokenizer.eos_token_id,
+                synced_gpus=False,
+            )
         return self.processor.batch_decode(tokens[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
 
     def num_optimizer_steps(self) -> float:

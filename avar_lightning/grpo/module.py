@@ -116,6 +116,11 @@ class GRPOModule(VLMModule):
         """Load the policy, and beside it a frozen copy where the KL needs one."""
         super().configure_model()
         if self.grpo.beta and self.vlm.lora is None and not hasattr(self, "reference"):
+            if self.device_mesh is not None:
+                raise ValueError(
+                    f"grpo.beta={self.grpo.beta} needs a second copy of the whole model, which is not sharded; train "
+                    "adapters (--config configs/lora.yaml), whose base is the reference, or set grpo.beta to 0."
+                )
             self.reference = copy.deepcopy(self.model).eval().requires_grad_(False)
 
     def on_fit_start(self) -> None:

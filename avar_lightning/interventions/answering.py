@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 
 from avar_lightning.attention import LayerSpec, find_vlm, observe_attention, steer_attention
 from avar_lightning.data.collate import Collator, is_sequence
 from avar_lightning.interventions.settings import Setting
-from avar_lightning.model import placeholder_ids
+from avar_lightning.model import gathered, placeholder_ids
 from avar_lightning.processing import padding_id, tokenizer_of
 from avar_lightning.rewards import accuracy_reward, extract_answer
 from avar_lightning.roles import Role
@@ -114,7 +113,7 @@ def answer(
     tokenizer = tokenizer_of(processor)
     ends = _ends(vlm, tokenizer)
     queries = [Role.USER, Role.RESPONSE]
-    with ExitStack() as contexts:
+    with gathered(vlm), ExitStack() as contexts:
         record = contexts.enter_context(observe_attention(vlm, role_ids, queries=queries, layers=layers))
         if setting.intervention is not None:
             contexts.enter_context(steer_attention(vlm, role_ids, **vars(setting.intervention)))
@@ -126,8 +125,7 @@ def answer(
             suppress_tokens=placeholder_ids(vlm.config),
             pad_token_id=padding_id(tokenizer),
             eos_token_id=ends,
-            # Processes whose answers end at different lengths must still run sharded layers together.
-            synced_gpus=any(isinstance(parameter, DTensor) for parameter in vlm.parameters()),
+            synced_gpus=False,  # weights are whole
         )
     new = tokens[:, role_ids.shape[1] :]
     completions = tokenizer.batch_decode(new, skip_special_tokens=True)

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from avar_lightning.data.collate import Collator
-from avar_lightning.model import placeholder_ids
+from avar_lightning.model import gathered, placeholder_ids
 from avar_lightning.processing import padding_id
 from avar_lightning.rollout.engine import Completions, Prompts, SamplingConfig
 
@@ -19,7 +18,7 @@ from avar_lightning.rollout.engine import Completions, Prompts, SamplingConfig
 class HFRolloutEngine:
     """Sample in batches with left padding and a KV cache, in the precision of the training step.
 
-    It needs no other program and no second copy of the weights, also where they are sharded with FSDP2.
+    It needs no other program. Where FSDP2 shares the weights, each process holds them whole while it samples.
 
     Args:
         batch_size: Completions that are sampled together; all of a step when unset.
@@ -45,7 +44,11 @@ class HFRolloutEngine:
         rows = [row for row in prompts.rows for _ in range(num_generations)]
         step = self.batch_size or len(rows)
         device = next(self.model.parameters()).device
-        with evaluating(self.model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with (
+            gathered(self.model),
+            evaluating(self.model),
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+        ):
             torch.manual_seed(seed)
             parts = [self._sample(rows[start : start + step], device) for start in range(0, len(rows), step)]
         token_ids = [ids for part in parts for ids in part]
@@ -68,8 +71,8 @@ class HFRolloutEngine:
             suppress_tokens=placeholder_ids(self.model.config),
             pad_token_id=self.padding,
             eos_token_id=self.ends,
-            # Processes whose completions end at different lengths must still run sharded layers together.
-            synced_gpus=any(isinstance(parameter, DTensor) for parameter in self.model.parameters()),
+            # Weights are whole, so processes need not wait for each other's longest completion.
+            synced_gpus=False,
         )
         new = tokens[:, batch["input_ids"].shape[1] :]
         is_end = torch.isin(new, torch.tensor(self.ends, device=device)).long()
