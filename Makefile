@@ -7,7 +7,7 @@ TORCH_INDEX ?=
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: train test test-slow lint bench table sweep demo-base clean
+.PHONY: train test test-slow lint bench table vars sweep demo-base demo-sft clean
 
 train: $(READY)
 	$(PYTHON) train.py fit --config configs/avar_sft.yaml
@@ -27,10 +27,15 @@ lint: $(READY)
 bench: $(READY)
 	$(PYTHON) benchmarks/attention_memory.py
 	$(PYTHON) benchmarks/steering_overhead.py
+	$(PYTHON) benchmarks/grpo_step.py
 
 # The measured table of the README: every guidance form and query set, several seeds (three quarters of an hour on 2 cores).
 table: $(READY)
 	$(PYTHON) benchmarks/guidance_table.py
+
+# The measured table of docs/grpo.md: GRPO without and with each visual reward, several seeds (an hour on 2 cores).
+vars: $(READY)
+	$(PYTHON) benchmarks/vars_table.py
 
 # The paper's intervention on the newest model of `make train`: 23 settings on the 200 validation questions.
 sweep: $(READY)
@@ -45,6 +50,12 @@ demo-base: $(READY)
 	cp -r "$$(ls -td runs/demo_pretrain/version_*/hf | head -1)/." avar_lightning/data/demo_base
 	$(PYTHON) train.py fit --config configs/demo_pretrain.yaml --config configs/demo_pretrain_read.yaml
 	cp -r "$$(ls -td runs/demo_pretrain_read/version_*/hf | head -1)/." avar_lightning/data/demo_base
+
+# Where GRPO begins: the base after a cold start on responses of mixed style, so that there is a choice to make.
+demo-sft: $(READY)
+	$(PYTHON) train.py fit --config configs/avar_sft.yaml --data.init_args.style mixed --trainer.val_check_interval 300 \
+		--trainer.logger.init_args.name demo_sft
+	cp -r "$$(ls -td runs/demo_sft/version_*/hf | head -1)/." avar_lightning/data/demo_sft
 
 $(READY): pyproject.toml constraints.txt
 	$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python %s is too old, expected 3.11 or newer; set BASE_PYTHON." % sys.version.split()[0])'

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -125,6 +126,11 @@ class GRPOModule(VLMModule):
 
     def on_fit_start(self) -> None:
         """Set the engine up, and refuse what manual optimisation cannot do."""
+        if isinstance(self.trainer.strategy, FSDPStrategy):
+            raise ValueError(
+                "trainer.strategy is fsdp, which cannot sample between two updates; use ModelParallelStrategy (FSDP2), "
+                "as in configs/qwen2_5_vl_7b_grpo.yaml, or DDP."
+            )
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             raise ValueError("trainer.precision is 16-mixed, expected bf16-mixed, bf16-true or 32-true for GRPO.")

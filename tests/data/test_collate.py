@@ -179,3 +179,14 @@ def test_row_a_sample_layout_keeps_a_row_for_text():
 def test_an_unknown_side_is_refused():
     with pytest.raises(ValueError, match="'middle'; expected 'left' or 'right'"):
         Collator(0, "middle")
+
+
+def test_prompt_rows_are_what_each_sample_alone_gives(make_data):
+    batch = next(iter(make_data(train_prompts=True, batch_size=3).train_dataloader()))
+    assert len(batch["rows"]) == len(batch["columns"]) == len(batch["messages"]) == len(batch["images"]) == 3
+    for row, messages, images in zip(batch["rows"], batch["messages"], batch["images"]):
+        assert messages[-1]["role"] == "user"
+        assert len(images) == len(row["image_grid_thw"]) == 1
+        assert row["input_ids"].shape == row["role_ids"].shape == row["attention_mask"].shape
+        assert not (row["role_ids"] == Role.RESPONSE).any()
+        assert "labels" not in row
