@@ -9,6 +9,7 @@ import glob
 import io
 import json
 import logging
+import os
 import re
 import tarfile
 from collections.abc import Iterable, Sequence
@@ -115,7 +116,7 @@ class ShardWriter:
                 path.unlink()
             return
         for path in self._old:
-            path.unlink()
+            path.unlink(missing_ok=True)
         for source, target in zip(temporary, self.paths):
             source.replace(target)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -273,4 +274,5 @@ def _encode_image(image: Image.Image, image_format: str) -> bytes:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(path.name + ".tmp")
+    # Two runs may write the same shards on first use; each has its own files, and the last to finish leaves its own.
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")

@@ -69,6 +69,19 @@ def test_nothing_is_left_when_writing_fails(tmp_path: Path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_two_processes_that_write_the_same_do_not_disturb_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    samples = [Sample(messages=[{"role": "user", "content": f"{index}"}]) for index in range(5)]
+    with ShardWriter(tmp_path, samples_per_shard=2, overwrite=True) as slow:
+        slow.write(samples[0])
+        with monkeypatch.context() as other:
+            other.setattr("os.getpid", lambda: -1)
+            write_shards(samples, tmp_path, samples_per_shard=2, overwrite=True)
+        for sample in samples[1:]:
+            slow.write(sample)
+    assert [shard.samples for shard in find_shards(str(tmp_path))] == [2, 2, 1]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
 def test_overwriting_must_be_asked_for(tmp_path: Path):
     write_shards([make_sample(i) for i in range(3)], tmp_path, samples_per_shard=1)
     with pytest.raises(FileExistsError, match=r"already holds 3 shard.*overwrite=True"):
