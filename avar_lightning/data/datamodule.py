@@ -147,6 +147,7 @@ class ShardDataModule(L.LightningDataModule):
                 )
             else:
                 rank_zero_info(f"{name} data: {counts['seen']} samples read on this rank, none left out")
+            self._loaders[name].close()
         self._loaders = {}
 
     def _loader(self, stage: str) -> ShardLoader:

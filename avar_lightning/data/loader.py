@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from avar_lightning.data.reader import Delivery, ShardReader
@@ -50,9 +51,9 @@ class ShardLoader:
         self._said: set[str] = set()
         self._delivered, self._complete = 0, False  # of the current iteration
         self._resume: dict[str, int] = {}
-        self._shift = 0  # from Lightning's count of epochs to ours
+        self._epochs = _Epochs(reader.epoch)
         # One of the two places where Lightning looks for `set_epoch`; a `sampler` would have to be a real one.
-        self.batch_sampler = SimpleNamespace(sampler=SimpleNamespace(set_epoch=self.set_epoch))
+        self.batch_sampler = SimpleNamespace(sampler=self._epochs)
         self._loader: DataLoader[Delivery] = DataLoader(
             reader,
             batch_size=None,
@@ -64,7 +65,13 @@ class ShardLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next iteration."""
-        self.reader.epoch.fill_(epoch + self._shift)
+        self._epochs.set_epoch(epoch)
+
+    def close(self) -> None:
+        """Let the workers end."""
+        # Collected in a cycle instead, torch would wait five seconds for each: their queues are closed before they are
+        # told to end.
+        self._loader._iterator = None
 
     def state_dict(self) -> dict[str, int]:
         """Position in the data: the epoch, and the batches delivered in it."""
@@ -85,7 +92,7 @@ class ShardLoader:
         skip = 0
         if self._resume:
             # Lightning counts a stopped epoch as finished, or twice; the state knows which epoch comes next.
-            self._shift += self._resume["epoch"] - int(self.reader.epoch)
+            self._epochs.shift += self._resume["epoch"] - int(self.reader.epoch)
             self.reader.epoch.fill_(self._resume["epoch"])
             skip = self._resume["batches"]
             self._resume = {}
@@ -127,6 +134,17 @@ class ShardLoader:
             f"(max_bad_fraction {self.max_bad_fraction}) and {self.counts['too_long']} over max_length; "
             f"last: {reason}; mend the shards or raise the limits"
         )
+
+
+class _Epochs:
+    """Sets the reader's epoch; without a reference to the loader, so that no cycle keeps its workers."""
+
+    def __init__(self, epoch: Tensor) -> None:
+        self.epoch = epoch
+        self.shift = 0  # from Lightning's count of epochs to ours
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch.fill_(epoch + self.shift)
 
 
 def _as_it_is(delivery: Delivery) -> Delivery:

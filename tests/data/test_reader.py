@@ -1,9 +1,11 @@
 """Readers and their loader: equal shares, order, unusable samples, epochs, resuming."""
 
+import gc
 import json
 import logging
 import random
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -244,3 +246,16 @@ def test_cached_samples_are_the_same_samples(shards: Callable[..., str], build: 
         assert indices(plain) == indices(cached)
     monkeypatch.setattr(SampleEncoder, "__call__", None)
     assert indices(cached) == indices(cached)
+
+
+def test_a_loader_goes_when_it_is_let_go(shards: Callable[..., str], build: Build):
+    """Kept alive by a cycle, its workers would take torch's five seconds each to end."""
+    loader = build(shards(4, 2))
+    loader.set_epoch(1)
+    gone = weakref.ref(loader)
+    gc.disable()
+    try:
+        del loader
+        assert gone() is None
+    finally:
+        gc.enable()
