@@ -184,10 +184,13 @@ class GRPOModule(VLMModule):
         if len(self._first) < TREND:
             self._first.append(described)
         self._last.append(described)
-        logs |= described | {f"time/{name}_s": value for name, value in self._seconds.items()}
+        logs |= {f"time/{name}_s": value for name, value in self._seconds.items()}
         size = len(rollouts.prompts)
-        self.log("reward/total", logs.pop("reward/total"), prog_bar=True, batch_size=size, sync_dist=True)
         self.log_dict(logs, batch_size=size, sync_dist=True)
+        # Already the same in every process.
+        self.log("reward/total", described["reward/total"], prog_bar=True, batch_size=size)
+        others = {name: value for name, value in described.items() if name != "reward/total" and math.isfinite(value)}
+        self.log_dict(others, batch_size=size)
 
     def _sample(self, prompts: Prompts, columns: Sequence[Mapping[str, Any]]) -> Rollouts:
         if self._synced != self.global_step:
@@ -208,7 +211,7 @@ class GRPOModule(VLMModule):
     @torch.no_grad()
     def _measure(self, rollouts: Rollouts, *, measure_vas: bool) -> None:
         """One pass over the completions: log-probabilities where a later update or a sampler needs them, attention."""
-        observing = measure_vas or self.visual is not None
+        observing = rollouts.observed = measure_vas or self.visual is not None
         needs_old = self.grpo.updates_per_batch > 1 or rollouts.sampling_logps is not None
         if observing or needs_old:
             scored = self._pass_over(rollouts, self.model, observing=observing)
@@ -397,23 +400,25 @@ class GRPOModule(VLMModule):
     # What is said about a batch
 
     def _describe(self, rollouts: Rollouts) -> dict[str, float]:
-        lengths = [len(tokens) for tokens in rollouts.token_ids]
-        count = len(rollouts)
-        logs = {f"reward/{name}": _mean(values) for name, values in rollouts.rewards.items()}
-        logs |= {
-            "reward/total": _mean(rollouts.total),
-            "rollout/length": sum(lengths) / count,
-            "rollout/truncated": 1 - sum(rollouts.finished) / count,
-            "rollout/empty": sum(length == 0 for length in lengths) / count,
-            "rollout/groups_without_variance": 1 - float(rollouts.differ.float().mean()),
+        """Means over the completions of all processes, of what is known of each; NaN where nothing is."""
+        values = {f"reward/{name}": own for name, own in rollouts.rewards.items()}
+        values |= {
+            "reward/total": rollouts.total,
+            "rollout/length": [float(len(tokens)) for tokens in rollouts.token_ids],
+            "rollout/truncated": [float(not finished) for finished in rollouts.finished],
+            "rollout/empty": [float(not len(tokens)) for tokens in rollouts.token_ids],
+            "rollout/groups_without_variance": [float(not differ) for differ in rollouts.differ],
         }
         if rollouts.sampling_logps is not None and rollouts.old_logps is not None:
             pairs = zip(rollouts.old_logps, rollouts.sampling_logps, strict=True)
-            gaps = torch.cat([(ours.cpu() - theirs.cpu()).abs() for ours, theirs in pairs])
-            logs["rollout/sampler_mismatch"] = float(gaps.mean()) if len(gaps) else 0.0
-        if any(map(math.isfinite, rollouts.vas)):
-            logs["rollout/vas"] = _mean(rollouts.vas)
-        return logs
+            gaps = [(ours.cpu() - theirs.cpu()).abs() for ours, theirs in pairs]
+            values["rollout/sampler_mismatch"] = torch.cat(gaps).tolist()
+        if rollouts.observed:
+            values["rollout/vas"] = rollouts.vas
+        known = [[value for value in own if math.isfinite(value)] for own in values.values()]
+        sums = self._over_processes([math.fsum(own) for own in known], "sum")
+        counts = self._over_processes([len(own) for own in known], "sum")
+        return {name: total / count if count else math.nan for name, total, count in zip(values, sums, counts)}
 
     def _is_due(self, batch_idx: int) -> bool:
         return self.grpo.vas_every > 0 and batch_idx % self.grpo.vas_every == 0

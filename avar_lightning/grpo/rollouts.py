@@ -34,6 +34,7 @@ class Rollouts:
         ref_logps: Under the reference.
         attention: What the visual reward measured, NaN where undefined or not measured.
         vas: Visual Attention Score of each completion (ratio of means), NaN likewise.
+        observed: Whether attention was measured.
     """
 
     prompts: Prompts
@@ -51,6 +52,7 @@ class Rollouts:
     ref_logps: list[Tensor] | None = None
     attention: list[float] = field(default_factory=list)
     vas: list[float] = field(default_factory=list)
+    observed: bool = False
 
     @classmethod
     def of(
