@@ -11,7 +11,9 @@ from typing import Any
 
 from avar_lightning.attention import MODES
 from avar_lightning.errors import told
+from avar_lightning.report import interventions_table
 from avar_lightning.roles import Role
+from avar_lightning.sweep import SweepConfig, sweep
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -79,12 +81,8 @@ def _add_sweep(commands: Any) -> None:
 
 
 def _sweep(options: dict[str, Any]) -> None:
-    from avar_lightning.sweep import SweepConfig, sweep  # slow to import: torch and transformers
-
     options["models"] = _models(options["models"])
     results = sweep(SweepConfig(**options))
-    from avar_lightning.report import interventions_table
-
     print(f"{interventions_table(results)}\n\nresults  {options['output']}")
 
 

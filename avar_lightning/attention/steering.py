@@ -79,7 +79,7 @@ class Intervention:
         if isinstance(self.queries, str):
             if self.queries != "last":
                 raise ValueError(f'queries is {self.queries!r}, expected roles, "last", or None for every row.')
-        elif self.queries is not None and (not self.queries or not set(self.queries) <= set(map(int, Role))):
+        elif self.queries is not None and (not self.queries or not set(self.queries) <= set(Role)):
             known = ", ".join(f"Role.{role.name}" for role in Role)
             raise ValueError(f'queries is {list(self.queries)}, expected roles among {known}, "last", or None.')
         if self.heads is not None and (self.layers is not None or not self.heads):

@@ -5,6 +5,7 @@ Shape letters: B batch, H heads, N rows of the forward, Q selected rows, K keys.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
@@ -111,7 +112,7 @@ class Causal:
         return seen_BQK[:, None]
 
 
-class _Scanned:
+class _Scanned(ABC):
     """Visibility whose end is not known beforehand: looked up once a block, then kept for the other layers."""
 
     def __init__(self, rows: QueryRows, num_keys: int) -> None:
@@ -127,9 +128,9 @@ class _Scanned:
             self._limits[start, stop] = int(columns[-1]) + 1 if len(columns) else 0
         return self._limits[start, stop]
 
+    @abstractmethod
     def __call__(self, start: int, stop: int, num_keys: int) -> Tensor:
         """The block's mask."""
-        raise NotImplementedError
 
 
 class Masked(_Scanned):
