@@ -161,7 +161,8 @@ def save_weights(model: nn.Module, folder: str | Path) -> None:
     folder = Path(folder)
     options: dict[str, Any] = {}
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        adapters_only = isinstance(model, PeftModel)
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapters_only)
         options["state_dict"] = get_model_state_dict(model, options=whole)
     if dist.is_initialized() and dist.get_rank() != 0:
         return

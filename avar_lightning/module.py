@@ -16,7 +16,7 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from avar_lightning.model import VLMConfig, gathered, load_model, placeholder_ids, shard
 from avar_lightning.processing import load_processor, padding_id
-from avar_lightning.rewards import accuracy_reward
+from avar_lightning.rewards import judge
 
 # What a batch carries for us and not for the model's forward.
 NOT_MODEL_INPUTS = ("role_ids", "prompt", "columns", "images")
@@ -111,20 +111,16 @@ class VLMModule(L.LightningModule):
             self.log(f"{stage}/accuracy", self.accuracy, prog_bar=True, batch_size=size)
 
     def _score(self, completions: list[str], columns: list[dict[str, Any]]) -> None:
-        # A sample that only fills up another rank's last batch is scored where it belongs.
-        scored = [
-            (text, column["answer"])
-            for text, column in zip(completions, columns)
-            if column.get("answer") is not None and not column.get("repeated")
-        ]
-        if not any(column.get("answer") is not None for column in columns):
+        if all(column.get("answer") in (None, "") for column in columns):
             raise ValueError(
                 "No sample of a validation batch has an 'answer', expected one to score generated answers against; add "
                 "answers to the shards, or set --model.init_args.max_new_tokens 0."
             )
+        # A sample that only fills up another rank's last batch is scored where it belongs.
+        own = [not column.get("repeated") for column in columns]
+        scored = [value for value, counts in zip(judge(completions, columns), own) if counts and value is not None]
         if scored:
-            texts, answers = map(list, zip(*scored))
-            self.accuracy.update(torch.tensor(accuracy_reward(texts, answer=answers)))
+            self.accuracy.update(torch.tensor(scored))
 
     test_step = validation_step
 

@@ -38,6 +38,7 @@ from avar_lightning.rollout import HFRolloutEngine, SamplingConfig
 
 REFERENCE = "TRL"
 SAMPLES = 256
+PATIENCE = 300  # seconds
 
 
 class Turns:
@@ -51,7 +52,8 @@ class Turns:
 
     def wait(self, name: str) -> None:
         with self.condition:
-            self.condition.wait_for(lambda: self.names[self.now] == name)
+            if not self.condition.wait_for(lambda: self.names[self.now] == name, timeout=PATIENCE):
+                raise TimeoutError(f"{name} waited {PATIENCE} s for its turn: another trainer has failed.")
             self.started = time.perf_counter()
 
     def done(self, name: str, length: float | None = None) -> None:

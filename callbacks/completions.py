@@ -39,6 +39,10 @@ class CompletionsCallback(Callback):
                 raise ValueError(f"{name}={value}, expected 1 or more.")
         self.every_n_batches, self.num_prompts = every_n_batches, num_prompts
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the folder; a collective call, as every process must ask the logger."""
+        self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "completions"
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -47,7 +51,7 @@ class CompletionsCallback(Callback):
         if not isinstance(rollouts, Rollouts) or batch_idx % self.every_n_batches or not trainer.is_global_zero:
             return
         rows, step = rollouts.table(self.num_prompts), trainer.global_step
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "completions"
+        folder = self.folder
         folder.mkdir(parents=True, exist_ok=True)
         pictures = [
             [(f"step_{step:08d}_prompt_{prompt}_{number}.png", image) for number, image in enumerate(images)]

@@ -76,6 +76,7 @@ def test_the_7b_reinforcement_learning_is_the_papers():
     trainer, model = written["trainer"], written["model"]["init_args"]
     assert trainer["devices"] * written["data"]["init_args"]["batch_size"] == 256
     assert (trainer["max_epochs"], model["optimizer"]["lr"]) == (4, 1e-6)
+    assert trainer["precision"] == "bf16-mixed"  # bfloat16 weights would not feel updates of 1e-6
     assert (model["grpo"]["num_generations"], model["grpo"]["beta"]) == (8, 0.0)
     assert model["visual"] == {"transform": "ratio", "weight": 0.3}
     assert {reward["function"].rpartition(".")[2]: reward["weight"] for reward in base["rewards"]} == {

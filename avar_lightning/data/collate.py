@@ -67,6 +67,7 @@ class SampleEncoder:
         processor: The model's processor.
         max_length: Most tokens, image tokens included; longer samples are refused whole.
         with_prompt: For evaluation: add the prompt, and accept samples without a response.
+        prompt_only: For reinforcement learning: leave the last response out before anything else.
         keep_images: Keep the images beside the tensors.
 
     Raises:
@@ -79,6 +80,7 @@ class SampleEncoder:
         *,
         max_length: int | None = None,
         with_prompt: bool = False,
+        prompt_only: bool = False,
         keep_images: bool = False,
     ) -> None:
         if getattr(processor, "image_processor", None) is None:
@@ -88,7 +90,8 @@ class SampleEncoder:
             )
         self.processor = processor
         self.max_length = max_length
-        self.with_prompt = with_prompt
+        self.with_prompt = with_prompt or prompt_only
+        self.prompt_only = prompt_only
         self.keep_images = keep_images
 
     def __call__(self, sample: Sample) -> Encoded:
@@ -100,8 +103,9 @@ class SampleEncoder:
             TooLong: When it has more than ``max_length`` tokens.
         """
         where = f"{sample.shard}: sample {sample.key!r}"
+        asked = _asked(sample.messages)
         self._check_text(sample.messages, where)
-        messages, text = self._render(sample.messages, where)
+        messages, text = self._render(asked if self.prompt_only else sample.messages, where)
         tensors = self._process(text, sample, where)
         input_ids = tensors["input_ids"]
         length = input_ids.shape[1]
@@ -118,7 +122,7 @@ class SampleEncoder:
             prompt=self._prompt(messages, tensors, sample, where) if self.with_prompt else None,
             columns=sample.fields(),
             images=sample.images if self.keep_images else None,
-            messages=_asked(sample.messages),
+            messages=asked,
         )
 
     def _process(self, text: str, sample: Sample, where: str) -> dict[str, Tensor]:

@@ -163,7 +163,8 @@ class ShardDataModule(L.LightningDataModule):
                 SampleEncoder(
                     self.processor,
                     max_length=self.max_length,
-                    with_prompt=prompts or not train,
+                    with_prompt=not train,
+                    prompt_only=prompts,
                     keep_images=prompts or (self.keep_images and not train),
                 ),
                 PromptRows() if prompts else Collator(padding_id(self.processor)),

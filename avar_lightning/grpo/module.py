@@ -59,7 +59,7 @@ class GRPOModule(VLMModule):
         grpo: Groups, updates and the policy loss.
         sampling: How completions are sampled.
         rewards: Parts of the reward and their weights; accuracy (1) and format (0.1) when unset. Each function is given
-            the completions, every column of the data set, `prompts` (chat messages) and `completion_ids`.
+            the completions and `prompts` as chat messages, `completion_ids`, and every column of the data set.
         visual: The visual part (VARS), 0 for answers that the part `accuracy` does not find right; none when unset.
         rollout: What samples completions; the model itself when unset. Not kept in checkpoints.
         optimizer: AdamW and its schedule.
@@ -134,18 +134,35 @@ class GRPOModule(VLMModule):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             raise ValueError("trainer.precision is 16-mixed, expected bf16-mixed, bf16-true or 32-true for GRPO.")
+        if any(p.requires_grad and p.dtype != torch.float32 for p in self.model.parameters()):
+            rank_zero_warn(
+                "Weights that train are not float32, so updates as small as those of reinforcement learning are "
+                "rounded away; set vlm.dtype to float32 and trainer.precision to bf16-mixed."
+            )
         self.engine.setup(self.model, self.processor, self.sampling)
+
+    def on_fit_end(self) -> None:
+        """Let the engine go."""
+        self.engine.teardown()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Let the engine go."""
+        self.engine.teardown()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the reference out: it is loaded again from where it came from."""
-        state = checkpoint["state_dict"]
+        state = checkpoint.get("state_dict", {})
         for name in [name for name in state if name.startswith("reference.")]:
             del state[name]
+        checkpoint["grpo_start"] = self._first
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the reference's own weights where loading expects them."""
-        own = self.state_dict()
-        checkpoint["state_dict"] |= {name: own[name] for name in own if name.startswith("reference.")}
+        """Take up the start of the trend, and put the reference's own weights where loading expects them."""
+        self._first = checkpoint.get("grpo_start", [])
+        # Strategies that share weights load them by themselves, and leave nothing here.
+        if "state_dict" in checkpoint and hasattr(self, "reference"):
+            own = self.reference.state_dict()
+            checkpoint["state_dict"] |= {f"reference.{name}": tensor for name, tensor in own.items()}
 
     def num_optimizer_steps(self) -> float:
         """Updates of the whole training, several a batch."""
@@ -206,7 +223,9 @@ class GRPOModule(VLMModule):
             "prompts": [messages for messages in rollouts.prompts.messages for _ in range(rollouts.num_generations)],
             "completion_ids": [tokens.tolist() for tokens in rollouts.token_ids],
         }
-        return call_rewards(self.functions, rollouts.texts, columns)
+        # Prompts are chats, and completions of chats are messages, as TRL hands them over.
+        completions = [[{"role": "assistant", "content": text}] for text in rollouts.texts]
+        return call_rewards(self.functions, completions, columns)
 
     @torch.no_grad()
     def _measure(self, rollouts: Rollouts, *, measure_vas: bool) -> None:

@@ -75,7 +75,7 @@ def completion_batch(
 def completion_logps(
     model: nn.Module, batch: CompletionBatch, *, temperature: float = 1.0, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probability of each token of the completions, under the distribution that they are sampled from.
+    """Log-probability of each token of the completions, under the policy at the sampling temperature.
 
     Args:
         model: A Hugging Face VLM, perhaps with adapters.

@@ -10,7 +10,6 @@ from typing import Any
 from avar_lightning.mathematics import same_expressions
 from avar_lightning.rewards.quantity import Tolerance, parse_quantity, parse_tolerance
 
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _PLAIN = r"(?:(?!</?think>|</?answer>).)*"
 _FORMAT = re.compile(rf"\s*<think>{_PLAIN}</think>\s*<answer>{_PLAIN}</answer>\s*", re.DOTALL)
 # A letter alone or before a text, with or without "answer", "option" and brackets.
@@ -20,6 +19,7 @@ _CHOICE = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 _LETTER = re.compile(r"\(?([A-Za-z])\)?\.?")
+_ALONE = re.compile(r"(?:^|[\s(,;/])([A-H])(?=[\s).,:;/]|$)")
 _MATHEMATICAL = re.compile(r"[\d\\^=+*/√π∞<>{}|]")
 _WRAPPINGS = ((r"\(", r"\)"), (r"\[", r"\]"), ("$$", "$$"), ("$", "$"), ("**", "**"), ("`", "`"), ('"', '"'))
 
@@ -32,8 +32,9 @@ def extract_answer(completion: str) -> str | None:
     >>> extract_answer("4") is None
     True
     """
-    found = _ANSWER.findall(completion)
-    return found[-1].strip() if found else _last_boxed(completion)
+    end = completion.rfind("</answer>")
+    start = completion.rfind("<answer>", 0, max(end, 0))
+    return completion[start + len("<answer>") : end].strip() if start >= 0 else _last_boxed(completion)
 
 
 def accuracy_reward(
@@ -87,6 +88,14 @@ def accuracy_reward(
     for index, same in zip(unsure, same_expressions(list(unsure.values()), time_limit=time_limit), strict=True):
         verdicts[index] = float(same)
     return verdicts
+
+
+def judge(completions: Sequence[Any], columns: Sequence[Mapping[str, Any]]) -> list[float | None]:
+    """`accuracy_reward` of samples whose columns come one mapping a sample."""
+    answer, options, tolerance = (
+        [column.get(name) for column in columns] for name in ("answer", "options", "tolerance")
+    )
+    return accuracy_reward(completions, answer, options=options, tolerance=tolerance)
 
 
 def format_reward(completions: Sequence[Any], **_: Any) -> list[float]:
@@ -155,7 +164,9 @@ def _chosen(text: str, texts: dict[str, str]) -> str | None:
     letter, rest = (found[1] or found[2]).upper(), _plain(found[3])
     if texts and (letter not in texts or by_text.get(rest, letter) != letter):
         return None
-    return letter
+    # "A, B" and "A) B)" choose nothing; "B. a cat" has its text behind it.
+    others = {other.upper() for other in _ALONE.findall(found[3])} - {letter}
+    return None if others and by_text.get(rest) != letter else letter
 
 
 def _option_texts(options: Any) -> dict[str, str]:

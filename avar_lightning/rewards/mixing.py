@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from avar_lightning.background import wait_for
+
 RewardFunction = Callable[..., Any]
 
 
@@ -107,7 +109,7 @@ def call_rewards(
     found = {name: function(completions=completions, **columns) for name, function in functions.items()}
     waiting = {name: value for name, value in found.items() if inspect.isawaitable(value)}
     if waiting:
-        found |= dict(zip(waiting, asyncio.run(_all_of(list(waiting.values()))), strict=True))
+        found |= dict(zip(waiting, wait_for(_all_of(list(waiting.values()))), strict=True))
     return {name: _checked(name, values, len(completions)) for name, values in found.items()}
 
 

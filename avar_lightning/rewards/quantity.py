@@ -14,6 +14,7 @@ _QUANTITY = re.compile(
     rf"(?:\s*/\s*(?P<divisor>{_DIGITS}))?\s*(?P<unit>[^\d\s].*)?"
 )
 _FRACTION = re.compile(r"\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}")
+_NO_UNITS = {"or", "and", "to", "not", "is", "of", "wrong", "right", "maybe", "perhaps"}
 _UNITS = {
     "degree": "°", "deg": "°", r"\circ": "°", "degree celsius": "°c", "celsius": "°c", "percent": "%", r"\%": "%",
     "dollar": "$", "usd": "$", "euro": "€", "eur": "€", "pound": "£", "meter": "m", "metre": "m", "centimeter": "cm",
@@ -60,8 +61,8 @@ def parse_quantity(text: str) -> Quantity | None:
     unit = _unit(found["unit"] or "")
     if unit is None:
         return None
-    value = _number(found["number"])
-    value *= 10.0 ** int((found["power"] or found["exponent"] or "0").replace("−", "-"))
+    power = (found["power"] or found["exponent"] or "0").replace("−", "-")
+    value = float(f"{found['number'].replace(',', '')}e{power}")  # infinite where it is too large
     if found["divisor"]:
         divisor = _number(found["divisor"])
         if divisor == 0:
@@ -106,7 +107,10 @@ def _unit(text: str) -> str | None:
     text = " ".join(text.strip().rstrip(".").casefold().split())
     text = re.sub(r"\b(?:square|sq\.?) (\w+)$", r"\1^2", text)
     text = re.sub(r"\b(?:cubic) (\w+)$", r"\1^3", text)
-    if not re.fullmatch(r"[a-zµμω°%$€£¥\\ /·^\d-]{0,30}", text) or re.match(r"[a-z]?\s*[-/^]", text) or "  " in text:
+    words = re.split(r"[ /]", text)
+    if not re.fullmatch(r"[a-zµμω°%$€£¥\\ /·]{0,30}(?:\^\d)?", text) or re.match(r"[a-z]?\s*[-/^]", text):
+        return None
+    if len(words) > 3 or _NO_UNITS & set(words):
         return None
     word, power = re.fullmatch(r"(.*?)(\^\d)?", text).groups()  # type: ignore[union-attr]
     known = _UNITS.get(word) or (_UNITS.get(word[:-1], word[:-1]) if len(word) > 3 and word.endswith("s") else word)

@@ -21,9 +21,10 @@ class SamplingConfig:
     temperature: float = 1.0
     """Divides the logits, in sampling and in the log-probabilities that are learned from; above 0."""
     top_p: float = 1.0
-    """Smallest share of probability that is sampled from (nucleus sampling), in (0, 1]."""
+    """Smallest share of probability that is sampled from (nucleus sampling), in (0, 1]. Log-probabilities that are
+    learned from are those of the whole distribution, so less than 1 learns from completions of another policy."""
     stop_tokens: list[str] = field(default_factory=list)
-    """Tokens that end a completion, beside those of the model, e.g. "</answer>"; each must be one token."""
+    """Tokens that end a completion, beside those of the model, e.g. "<|endoftext|>"; each must be one token."""
     seed: int = 0
     """Of sampling, together with the step and the process."""
 
@@ -52,7 +53,7 @@ class SamplingConfig:
             if len(ids) != 1:
                 raise ValueError(
                     f"sampling.stop_tokens has {text!r}, which is {len(ids)} tokens of this tokenizer, expected one; "
-                    "add it to the tokenizer or leave it out."
+                    "leave it out."
                 )
             ends.add(ids[0])
         return sorted(token for token in ends if token is not None)
@@ -107,3 +108,6 @@ class RolloutEngine(Protocol):
 
     def generate(self, prompts: Prompts, num_generations: int, *, seed: int) -> Completions:
         """Sample `num_generations` completions of each prompt."""
+
+    def teardown(self) -> None:
+        """Clean up; called once training has ended, well or not."""

@@ -38,6 +38,9 @@ class HFRolloutEngine:
     def sync(self, step: int) -> None:
         """Nothing to do: it samples from the policy itself."""
 
+    def teardown(self) -> None:
+        """Nothing to do."""
+
     @torch.no_grad()
     def generate(self, prompts: Prompts, num_generations: int, *, seed: int) -> Completions:
         """Sample completions of each prompt; the same for the same weights, prompts and seed."""

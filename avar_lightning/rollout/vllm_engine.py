@@ -1,6 +1,6 @@
 """Rollouts from a vLLM server that is already running, over its HTTP interface.
 
-Two interfaces of vLLM are used: the OpenAI-compatible one to sample (`/v1/chat/completions` with token ids and
+Two interfaces of vLLM (0.33) are used: the OpenAI-compatible one to sample (`/v1/chat/completions` with token ids and
 log-probabilities), and its own to bring new weights (`/v1/load_lora_adapter` for adapters; `/collective_rpc` with
 `reload_weights` for the whole model, read from a folder that both machines see). docs/grpo.md has the commands.
 """
@@ -23,12 +23,15 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 from PIL import Image
-from tenacity import AsyncRetrying, RetryError, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+from tenacity import AsyncRetrying, RetryError, retry_if_exception_type, stop_after_delay, wait_random_exponential
 from torch import nn
 
+from avar_lightning.background import wait_for
 from avar_lightning.model import placeholder_ids, save_weights
 from avar_lightning.rollout.engine import Completions, Prompts, SamplingConfig
 
+ROUNDS = 5
+"""Times that weights are brought to a server that keeps losing them."""
 ADAPTER = "policy"
 """Name under which the server knows the policy's adapters."""
 
@@ -54,7 +57,8 @@ class VLLMRolloutEngine:
         model: Name of the model on the server; the only one that it serves when unset.
         concurrency: Prompts that are in flight together, of this process.
         timeout: Seconds for one answer.
-        max_tries: How often one request is tried before the run ends with an error.
+        patience: Seconds for which a request is tried again before the run ends with an error; a server takes minutes
+            to start.
         max_wait: Longest wait between tries, in seconds.
         api_key_variable: Environment variable that holds the server's key, if it wants one.
     """
@@ -66,20 +70,19 @@ class VLLMRolloutEngine:
         model: str | None = None,
         concurrency: int = 64,
         timeout: float = 600.0,
-        max_tries: int = 8,
-        max_wait: float = 60.0,
+        patience: float = 1200.0,
+        max_wait: float = 30.0,
         api_key_variable: str = "VLLM_API_KEY",
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"rollout.url={url!r}, expected http://HOST:PORT of a running `vllm serve`.")
-        for name, value in (("concurrency", concurrency), ("max_tries", max_tries)):
-            if value < 1:
-                raise ValueError(f"rollout.{name}={value}, expected 1 or more.")
+        for name, value in (("concurrency", concurrency), ("timeout", timeout), ("patience", patience)):
+            if value <= 0:
+                raise ValueError(f"rollout.{name}={value}, expected more than 0.")
         self.url, self.sync_folder, self.served = url.rstrip("/"), Path(sync_folder), model
-        self.concurrency, self.timeout, self.max_tries, self.max_wait = concurrency, timeout, max_tries, max_wait
+        self.concurrency, self.timeout, self.patience, self.max_wait = concurrency, timeout, patience, max_wait
         key = os.environ.get(api_key_variable)
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._run = uuid.uuid4().hex[:8]  # tells these weights from those of another run on the same server
         self._version, self._folder = "", self.sync_folder
 
     def setup(self, model: nn.Module, processor: Any, sampling: SamplingConfig) -> None:
@@ -88,6 +91,10 @@ class VLLMRolloutEngine:
         Raises:
             RuntimeError: It cannot be reached, or does not serve the model that was named.
         """
+        run = [uuid.uuid4().hex[:8]]  # tells these weights from those of another run on the same server
+        if dist.is_initialized():
+            dist.broadcast_object_list(run)
+        self._run = run[0]
         self.policy: Any = model
         self.sampling = sampling
         self.stops = sampling.end_ids(model, processor)
@@ -117,6 +124,11 @@ class VLLMRolloutEngine:
         if dist.is_initialized():
             dist.barrier()
 
+    def teardown(self) -> None:
+        """Remove the weights that were written last."""
+        if self._folder != self.sync_folder and (not dist.is_initialized() or dist.get_rank() == 0):
+            shutil.rmtree(self._folder, ignore_errors=True)
+
     def generate(self, prompts: Prompts, num_generations: int, *, seed: int) -> Completions:
         """Sample completions of each prompt.
 
@@ -141,7 +153,7 @@ class VLLMRolloutEngine:
             ) as client:
                 return await work(client)
 
-        return asyncio.run(run())
+        return wait_for(run())
 
     async def _bring(self, client: httpx2.AsyncClient) -> None:
         """Have the server load the weights of the current version."""
@@ -151,45 +163,48 @@ class VLLMRolloutEngine:
             await self._post(client, "/v1/load_lora_adapter", body)
         else:
             await self._post(client, "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}})
-        # What was computed with the old weights must not be taken for the new ones'.
-        for _ in range(self.max_tries):
-            if (await self._post(client, "/reset_prefix_cache", {})).get("success"):
-                break
-            await asyncio.sleep(min(1.0, self.max_wait))
-        else:
-            raise ServerRefusal(
-                f"{self.url} did not empty its prefix cache in {self.max_tries} tries: other requests hold it; give "
-                "this run a server of its own."
-            )
+        # Pictures that were encoded with the old weights must not serve the new ones; cached keys and values are told
+        # apart by `cache_salt`.
+        await self._post(client, "/reset_encoder_cache", {})
         await self._post(client, "/update_weight_version", {"new_version": self._version})
+
+    async def _bring_back(self, client: httpx2.AsyncClient, lock: asyncio.Lock) -> None:
+        """The same where the server has lost them, once for all requests that notice."""
+        async with lock:
+            if not await self._has_weights(client):
+                await self._bring(client)
+
+    async def _has_weights(self, client: httpx2.AsyncClient) -> bool:
+        return bool((await self._get(client, "/weight_info")).get("weight_version") == self._version)
 
     async def _answer_all(
         self, client: httpx2.AsyncClient, prompts: Prompts, num_generations: int, seed: int
     ) -> list[list[tuple[list[int], list[float], str]]]:
-        gate = asyncio.Semaphore(self.concurrency)
+        gate, lock = asyncio.Semaphore(self.concurrency), asyncio.Lock()
 
         async def one(index: int) -> list[tuple[list[int], list[float], str]]:
             async with gate:
-                return await self._answer(client, prompts, index, num_generations, seed)
+                for _ in range(ROUNDS):
+                    answer = await self._answer(client, prompts, index, num_generations, seed)
+                    if answer is not None:
+                        return answer
+                    # The server died and was started again, with the weights that it is started with.
+                    await self._bring_back(client, lock)
+            raise ServerRefusal(
+                f"{self.url} lost the weights {ROUNDS} times while it answered; look into why it starts again."
+            )
 
-        for _ in range(self.max_tries):
-            try:
-                async with asyncio.TaskGroup() as group:
-                    tasks = [group.create_task(one(index)) for index in range(len(prompts))]
-            except BaseExceptionGroup as failures:  # the first failure ended the others
-                raise failures.exceptions[0] from None
-            # A server that died and was started again has the weights that it was started with.
-            if (await self._get(client, "/weight_info")).get("weight_version") == self._version:
-                return [task.result() for task in tasks]
-            await self._bring(client)
-        raise ServerRefusal(
-            f"{self.url} lost the weights in each of {self.max_tries} tries; look into why it starts again and again."
-        )
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(index)) for index in range(len(prompts))]
+        except BaseExceptionGroup as failures:  # the first failure ended the others
+            raise failures.exceptions[0] from None
+        return [task.result() for task in tasks]
 
     async def _answer(
         self, client: httpx2.AsyncClient, prompts: Prompts, index: int, num_generations: int, seed: int
-    ) -> list[tuple[list[int], list[float], str]]:
-        """Token ids, log-probabilities and finish reason of each completion of one prompt."""
+    ) -> list[tuple[list[int], list[float], str]] | None:
+        """Token ids, log-probabilities and finish reason of each completion; None where other weights gave them."""
         body = {
             "model": ADAPTER if self.has_adapters else self.served,
             "messages": with_images(prompts.messages[index], prompts.images[index]),
@@ -200,11 +215,14 @@ class VLLMRolloutEngine:
             "top_k": 0,
             "min_p": 0.0,
             "repetition_penalty": 1.0,
-            "seed": (seed + index) % 2**31,
+            # vLLM draws the completions of a request with this seed and those that follow.
+            "seed": (seed + index * num_generations) % 2**31,
             "stop_token_ids": self.stops,
             "logit_bias": {str(token): -100 for token in self.forbidden},
             "logprobs": True,
             "return_token_ids": True,
+            "return_weight_versions": True,
+            "cache_salt": self._version,
         }
         asked: list[int] = prompts.rows[index]["input_ids"][0].tolist()
 
@@ -214,10 +232,11 @@ class VLLMRolloutEngine:
         try:
             answer = await self._post(client, "/v1/chat/completions", body, check=read)
         except ServerRefusal as refusal:
-            if not (self.has_adapters and "does not exist" in str(refusal)):
-                raise
-            await self._bring(client)  # started again, and without the adapters
-            answer = await self._post(client, "/v1/chat/completions", body, check=read)
+            if self.has_adapters and "does not exist" in str(refusal):
+                return None
+            raise
+        if any(version != self._version for version in versions_of(answer)):
+            return None
         theirs = answer.get("prompt_token_ids")
         if theirs is not None and theirs != asked:
             raise ServerRefusal(
@@ -244,7 +263,7 @@ class VLLMRolloutEngine:
         """Send a request until it is answered whole, with growing waits."""
         tries = AsyncRetrying(
             retry=retry_if_exception_type(ServerTrouble),
-            stop=stop_after_attempt(self.max_tries),
+            stop=stop_after_delay(self.patience),
             wait=wait_random_exponential(multiplier=min(1.0, self.max_wait), max=self.max_wait),
         )
         try:
@@ -252,10 +271,10 @@ class VLLMRolloutEngine:
                 with attempt:
                     return await self._once(path, send, check)
         except RetryError as error:
-            last = error.last_attempt.exception()
+            last, count = error.last_attempt.exception(), error.last_attempt.attempt_number
             raise RuntimeError(
-                f"the vLLM server at {self.url} failed {self.max_tries} times to answer {path} (last: {last}); start "
-                "it again (docs/grpo.md), and resume from the last checkpoint with --ckpt_path."
+                f"the vLLM server at {self.url} did not answer {path} in {count} tries over {self.patience:g} s (last: "
+                f"{last}); start it again (docs/grpo.md), and resume from the last checkpoint with --ckpt_path."
             ) from last
 
     async def _once(
@@ -318,7 +337,7 @@ def read_choices(answer: Any, num_generations: int) -> list[tuple[list[int], lis
     for choice in sorted(choices, key=lambda choice: choice.get("index", 0)):
         ids = choice.get("token_ids")
         if ids is None:
-            raise ValueError("a choice without token_ids; this needs vLLM 0.11 or newer")
+            raise ValueError("a choice without token_ids")
         logps = [float(token["logprob"]) for token in ((choice.get("logprobs") or {}).get("content") or [])]
         if len(logps) != len(ids) or any(map(math.isnan, logps)):
             raise ValueError(f"{len(logps)} log-probabilities of {len(ids)} tokens")
@@ -328,13 +347,19 @@ def read_choices(answer: Any, num_generations: int) -> list[tuple[list[int], lis
     return found_all
 
 
+def versions_of(answer: Mapping[str, Any]) -> list[Any]:
+    """Versions of the weights that gave each part of each choice; None for a choice that does not say."""
+    spans = [choice.get("weight_versions") or [{"version": None}] for choice in answer["choices"]]
+    return [span.get("version") for own in spans for span in own]
+
+
 def _refusal(url: str, path: str, response: httpx2.Response) -> str:
     hints = {
         "/v1/load_lora_adapter": "start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora",
         "/collective_rpc": "start it with VLLM_SERVER_DEV_MODE=1",
-        "/reset_prefix_cache": "start it with VLLM_SERVER_DEV_MODE=1",
-        "/update_weight_version": "start it with VLLM_SERVER_DEV_MODE=1",
-        "/weight_info": "start it with VLLM_SERVER_DEV_MODE=1",
+        "/reset_encoder_cache": "start it with VLLM_SERVER_DEV_MODE=1",
+        "/update_weight_version": "start vLLM 0.33 or newer with VLLM_SERVER_DEV_MODE=1",
+        "/weight_info": "start vLLM 0.33 or newer with VLLM_SERVER_DEV_MODE=1",
     }
     hint = hints.get(path, "correct the request's settings or the server's")
     if response.status_code == 401:

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from avar_lightning import GRPOModule
+from avar_lightning.callbacks import CompletionsCallback
 from avar_lightning.data import DemoDataModule
 from avar_lightning.grpo import GRPOConfig
 from avar_lightning.model import VLMConfig
@@ -45,7 +46,8 @@ class Save(L.Callback):
     def on_train_batch_end(self, trainer, pl_module, *_):
         weights = {n: p.detach().full_tensor() for n, p in pl_module.named_parameters()}
         state = {"weights": weights, "gradients": self.gradients, "rollouts": pl_module.rollouts}
-        torch.save(state, self.folder / f"{trainer.global_rank}.pt")
+        if trainer.global_step == 2:
+            torch.save(state, self.folder / f"{trainer.global_rank}.pt")
 
 
 def main(folder, precision):
@@ -58,11 +60,18 @@ def main(folder, precision):
         precision=precision,
         max_steps=2,
         enable_checkpointing=False,
-        callbacks=[Save(folder)],
+        default_root_dir=folder,
+        callbacks=[Save(folder), CompletionsCallback(every_n_batches=1)],
         **quiet,
     )
     options = {"num_train": 64, "num_val": 10, "num_workers": 0, "shuffle_buffer": 16}
     trainer.fit(module(), DemoDataModule(str(folder / "data"), train_prompts=True, batch_size=2, **options))
+    trainer.save_checkpoint(folder / "saved.ckpt")
+    trainer.fit_loop.epoch_loop.max_steps = 4
+    data = DemoDataModule(str(folder / "data"), train_prompts=True, batch_size=2, **options)
+    trainer.fit(module(), data, ckpt_path=folder / "saved.ckpt")
+    if trainer.is_global_zero:
+        (folder / "resumed.txt").write_text(str(trainer.global_step))
 
 
 if __name__ == "__main__":

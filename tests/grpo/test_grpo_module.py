@@ -84,6 +84,9 @@ class Fixed:
     def sync(self, step):
         self.synced.append(step)
 
+    def teardown(self):
+        self.synced.append("down")
+
     def generate(self, prompts, num_generations, *, seed):
         ids, finished = [], []
         for row in prompts.rows:
@@ -341,6 +344,13 @@ def test_rewards_get_every_column_and_may_be_coroutines(prompts):
     assert module.rollouts.total == pytest.approx([p + (0.0 if n % 2 else 1.0) for n, p in enumerate(parity)])
 
 
+def test_a_reward_of_trl_plugs_in(prompts):
+    rewards = pytest.importorskip("trl.rewards")
+    module = make_module(rewards=[PARITY, RewardConfig(rewards.think_format_reward)])
+    fit(module, prompts())
+    assert set(module.rollouts.rewards["think_format"]) <= {0.0, 1.0}
+
+
 def test_empty_and_truncated_completions(prompts):
     for mask_truncated in (False, True):
         watch = Watch()
@@ -384,7 +394,7 @@ def test_a_foreign_sampler_is_corrected_for(prompts):
 def test_an_engine_is_brought_the_weights_before_it_samples(prompts):
     engine = Fixed()
     fit(make_module(rollout=engine), prompts(), steps=3)
-    assert engine.synced == [0, 1, 2]
+    assert engine.synced == [0, 1, 2, "down"]
 
 
 def test_autocast_learns_too(prompts):
@@ -442,6 +452,9 @@ class Save(L.Callback):
 def test_sampling_is_reproducible_and_never_gives_a_placeholder(prompts):
     module = make_module(temperature=2.0)
     module.configure_model()
+    forbidden = [module.processor.image_token_id, module.model.config.video_token_id]
+    # By far the likeliest tokens, were they not suppressed.
+    module.model.lm_head.register_forward_hook(lambda *a: a[2].index_fill(-1, torch.tensor(forbidden), 100.0))
     batch = next(iter(prompts().train_dataloader()))
     engine = HFRolloutEngine(batch_size=5)
     engine.setup(module.model, module.processor, SamplingConfig(max_new_tokens=8, temperature=2.0))
@@ -449,8 +462,7 @@ def test_sampling_is_reproducible_and_never_gives_a_placeholder(prompts):
     one, same, other = (engine.generate(asked, G, seed=seed) for seed in (1, 1, 2))
     assert [ids.tolist() for ids in one.token_ids] == [ids.tolist() for ids in same.token_ids]
     assert [ids.tolist() for ids in one.token_ids] != [ids.tolist() for ids in other.token_ids]
-    forbidden = {module.processor.image_token_id, module.model.config.video_token_id}
-    assert not forbidden & {token for ids in one.token_ids for token in ids.tolist()}
+    assert not set(forbidden) & {token for ids in one.token_ids for token in ids.tolist()}
 
 
 def test_stop_tokens_end_a_completion_and_must_be_tokens(prompts):

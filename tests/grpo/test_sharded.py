@@ -21,6 +21,8 @@ def test_two_processes_that_share_the_weights_learn_as_one_would(tmp_path, preci
     states = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
     for name, tensor in states[0]["weights"].items():
         assert torch.equal(tensor, states[1]["weights"][name])
+    assert (tmp_path / "resumed.txt").read_text() == "4"
+    assert (tmp_path / "completions" / "step_00000002.jsonl").is_file()
     rollouts = [state["rollouts"] for state in states]
     assert rollouts[0].texts != rollouts[1].texts
     twin = sharded.module()

@@ -21,6 +21,8 @@ def reward(given_answer, gold, **columns):
         ("so it is \\boxed{\\frac{1}{2}} as said", "\\frac{1}{2}"),
         ("\\boxed{open", None),
         ("<answer>open", None),
+        ("<answer>" * 20_000, None),
+        ("</answer><answer>", None),
         ("", None),
     ],
 )
@@ -67,6 +69,12 @@ def test_text_and_plain_numbers(answer, gold, right):
         ("12 cm^2", "12 cm²", 1.0),
         ("12 square cm", "12 cm", 0.0),
         ("1/0", "1", 0.0),
+        ("1e999", "5", 0.0),
+        ("2 x 10^400", "red", 0.0),
+        ("5 to 6", "5", 0.0),
+        ("5 cm or 6 cm", "5", 0.0),
+        ("2 is wrong", "2", 0.0),
+        ("5 degrees Celsius", "5", 1.0),
     ],
 )
 def test_numbers_with_units(answer, gold, right):
@@ -105,6 +113,9 @@ def test_tolerance(answer, gold, tolerance, right):
         ("Z", 0.0),
         ("A cat or a dog", 0.0),
         ("AB", 0.0),
+        ("B, A", 0.0),
+        ("A, B", 0.0),
+        ("B) A)", 0.0),
     ],
 )
 @pytest.mark.parametrize("gold", ["B", "(B)", "a cat"])

@@ -68,3 +68,17 @@ def test_rewards_that_are_none_are_errors(values, message):
 def test_parts_that_do_not_apply_add_nothing():
     parts = {"a": [1.0, math.nan], "b": [0.5, 0.5]}
     assert total_reward(parts, {"a": 2.0, "b": 1.0}) == [2.5, 0.5]
+
+
+def test_coroutines_work_inside_a_running_loop_and_find_their_locks_again():
+    lock = []
+
+    async def asked(completions, **_):
+        lock.append(lock[0] if lock else asyncio.Lock())
+        async with lock[0]:
+            return [1.0]
+
+    async def notebook():
+        return [call_rewards({"a": asked}, ["x"], {})["a"] for _ in range(2)]
+
+    assert asyncio.run(notebook()) == [[1.0], [1.0]]

@@ -27,7 +27,6 @@ def server(running):
     running.faults.clear()
     running.requests.clear()
     running.start_again()
-    running.cache_busy = 0
     return running
 
 
@@ -38,7 +37,7 @@ def prompts(make_data):
 
 
 def make_engine(server, tmp_path, *, model=None, **options):
-    engine = VLLMRolloutEngine(server.url, str(tmp_path / "sync"), max_tries=4, max_wait=0.02, **options)
+    engine = VLLMRolloutEngine(server.url, str(tmp_path / "sync"), **({"patience": 20.0, "max_wait": 0.02} | options))
     model = model or load_model("demo_sft")
     engine.setup(model, load_processor("demo_sft"), SamplingConfig(max_new_tokens=6, temperature=0.9))
     return engine
@@ -66,7 +65,6 @@ def our_logps(model, prompts, completions, num_generations):
 def test_it_samples_with_the_weights_of_the_policy(server, prompts, tmp_path, lora):
     model = changed(load_model(VLMConfig("demo_sft", lora=LoRAConfig(r=2) if lora else None)))
     engine = make_engine(server, tmp_path, model=model)
-    server.cache_busy = 2
     engine.sync(3)
     completions = engine.generate(prompts, 2, seed=5)
     assert len(completions.token_ids) == 6
@@ -88,6 +86,17 @@ def test_each_update_replaces_the_weights_and_leaves_one_folder(server, prompts,
         for ours, theirs in zip(our_logps(model, prompts, completions, 2), completions.logps, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
     assert len(list((tmp_path / "sync").iterdir())) == 1
+    engine.teardown()
+    assert not list((tmp_path / "sync").iterdir())
+
+
+def test_no_two_completions_share_a_seed(server, prompts, tmp_path):
+    """vLLM gives the completions of one request its seed and those that follow."""
+    engine = make_engine(server, tmp_path)
+    engine.sync(0)
+    engine.generate(prompts, 4, seed=9)
+    seeds = [body["seed"] + number for path, body in server.requests if path == CHAT for number in range(4)]
+    assert len(set(seeds)) == len(seeds) == 12
 
 
 def test_sampling_is_reproducible(server, prompts, tmp_path):
@@ -119,7 +128,7 @@ def test_a_slow_answer_is_asked_for_again(server, prompts, tmp_path):
     assert len(engine.generate(prompts, 2, seed=1).token_ids) == 6
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/collective_rpc", "/reset_prefix_cache", "/weight_info"])
+@pytest.mark.parametrize("path", ["/v1/models", "/collective_rpc", "/reset_encoder_cache", "/update_weight_version"])
 def test_every_endpoint_is_tried_again(server, prompts, tmp_path, path):
     server.faults.append((path, 503))
     engine = make_engine(server, tmp_path)
@@ -131,22 +140,32 @@ def test_every_endpoint_is_tried_again(server, prompts, tmp_path, path):
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_server_that_was_started_again_gets_the_weights_back(server, prompts, tmp_path, lora):
     model = changed(load_model(VLMConfig("demo_sft", lora=LoRAConfig(r=2) if lora else None)))
-    engine = make_engine(server, tmp_path, model=model, concurrency=1)
+    engine = make_engine(server, tmp_path, model=model)
     engine.sync(0)
-    server.faults.append((CHAT, "restart"))
+    server.faults.extend([(CHAT, "restart"), (CHAT, "drop")])
     completions = engine.generate(prompts, 2, seed=1)
     for ours, theirs in zip(our_logps(model, prompts, completions, 2), completions.logps, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    loading = "/v1/load_lora_adapter" if lora else "/collective_rpc"
+    assert sum(path == loading for path, _ in server.requests) == 2  # once for all requests that noticed
+
+
+def test_a_server_that_keeps_losing_the_weights_is_reported(server, prompts, tmp_path):
+    engine = make_engine(server, tmp_path, concurrency=1)
+    engine.sync(0)
+    server.faults.extend([(CHAT, "restart")] * 20)
+    with pytest.raises(RuntimeError, match="lost the weights 5 times"):
+        engine.generate(prompts, 1, seed=1)
 
 
 def test_a_server_that_stays_away_is_reported(server, prompts, tmp_path):
-    engine = make_engine(server, tmp_path)
+    engine = make_engine(server, tmp_path, patience=0.3)
     engine.sync(0)
-    server.faults.extend([(CHAT, 503)] * 100)
-    with pytest.raises(RuntimeError, match=r"failed 4 times to answer /v1/chat/completions .*503.*--ckpt_path"):
+    server.faults.extend([(CHAT, 503)] * 1000)
+    with pytest.raises(RuntimeError, match=r"did not answer /v1/chat/completions in .* tries .*503.*--ckpt_path"):
         engine.generate(prompts, 1, seed=1)
-    gone = VLLMRolloutEngine("http://127.0.0.1:9", str(tmp_path), max_tries=2, max_wait=0.01)
-    with pytest.raises(RuntimeError, match="failed 2 times to answer /v1/models"):
+    gone = VLLMRolloutEngine("http://127.0.0.1:9", str(tmp_path), patience=0.2, max_wait=0.01)
+    with pytest.raises(RuntimeError, match="did not answer /v1/models"):
         gone.setup(load_model("demo_sft"), load_processor("demo_sft"), SamplingConfig())
 
 
@@ -198,5 +217,5 @@ def test_log_probabilities_are_numbers(server, prompts, tmp_path):
 def test_bad_arguments_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"rollout\.url='localhost:8000'"):
         VLLMRolloutEngine("localhost:8000")
-    with pytest.raises(ValueError, match=r"rollout\.max_tries=0"):
-        VLLMRolloutEngine(max_tries=0)
+    with pytest.raises(ValueError, match=r"rollout\.patience=0"):
+        VLLMRolloutEngine(patience=0)

@@ -1,13 +1,14 @@
 """A real HTTP server on loopback that speaks vLLM's endpoints, samples from a real model, and fails when it is told to.
 
-Request and response shapes follow vLLM 0.33 (chat completions with token ids, LoRA loading, collective_rpc, prefix
-cache, weight version). What vLLM would refuse is refused with its status.
+Request and response shapes follow vLLM 0.33 (chat completions with token ids and weight versions, LoRA loading,
+collective_rpc, encoder cache, weight version). What vLLM would refuse is refused with its status.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import copy
 import io
 import json
 import threading
@@ -24,7 +25,8 @@ from transformers import AutoModelForImageTextToText
 from avar_lightning.processing import load_processor
 
 SAMPLING = {"model", "messages", "n", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "seed"}
-SAMPLING |= {"repetition_penalty", "stop_token_ids", "logit_bias", "logprobs", "return_token_ids"}
+SAMPLING |= {"repetition_penalty", "stop_token_ids", "logit_bias", "logprobs", "return_token_ids", "cache_salt"}
+SAMPLING |= {"return_weight_versions"}
 
 
 class VLLMServer:
@@ -40,9 +42,11 @@ class VLLMServer:
         self.folder, self.api_key, self.lora = folder, api_key, lora
         self.faults: deque[tuple[str, Any]] = deque()
         self.requests: list[tuple[str, Any]] = []
+        self.stale = False
         self.lock = threading.Lock()
         self.processor = load_processor(folder)
-        self.cache_busy = 0
+        self.base = AutoModelForImageTextToText.from_pretrained(folder).eval()
+        self.encoder_cache: set[str] = set()
         self.start_again()
         server = self
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"server_state": server}))
@@ -51,8 +55,10 @@ class VLLMServer:
 
     def start_again(self) -> None:
         """Lose everything that was loaded since the start."""
-        self.model = AutoModelForImageTextToText.from_pretrained(self.folder).eval()
+        self.model = copy.deepcopy(self.base)  # loading is not safe beside another thread that loads
+        self.stale = False
         self.version: str | None = None
+        self.encoder_cache.clear()
         self.adapters: set[str] = set()
 
     def stop(self) -> None:
@@ -76,8 +82,7 @@ class VLLMServer:
             return 404, {"detail": "Not Found"}
         if body["lora_name"] in self.adapters and not body.get("load_inplace"):
             return 400, {"error": {"message": "The lora adapter has already been loaded."}}
-        base = AutoModelForImageTextToText.from_pretrained(self.folder)
-        self.model = PeftModel.from_pretrained(base, body["lora_path"]).eval()
+        self.model = PeftModel.from_pretrained(copy.deepcopy(self.base), body["lora_path"]).eval()
         self.adapters.add(body["lora_name"])
         return 200, "Success: LoRA adapter added."
 
@@ -85,11 +90,13 @@ class VLLMServer:
         if body.get("method") != "reload_weights":
             return 500, {"error": {"message": f"no method {body.get('method')}"}}
         self.model = AutoModelForImageTextToText.from_pretrained(body["kwargs"]["weights_path"]).eval()
+        self.stale = bool(self.encoder_cache)  # until the scheduler's side is emptied too
         return 200, {"results": [None]}
 
-    def reset_prefix_cache(self, body: Any) -> tuple[int, Any]:
-        self.cache_busy, busy = max(self.cache_busy - 1, 0), self.cache_busy
-        return 200, {"success": not busy}
+    def reset_encoder_cache(self, body: Any) -> tuple[int, Any]:
+        self.encoder_cache.clear()
+        self.stale = False
+        return 200, ""
 
     def update_weight_version(self, body: Any) -> tuple[int, Any]:
         self.version = body["new_version"]
@@ -103,6 +110,10 @@ class VLLMServer:
             return 400, {"error": {"message": f"unknown fields {sorted(unknown)}"}}
         if body["model"] not in {"served", *self.adapters}:
             return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
+        if self.stale and self.encoder_cache:
+            return 500, {"error": {"message": "Encoder cache miss"}}
+        version = self.version
+        self.encoder_cache.add(json.dumps(body["messages"]))
         inputs = self._inputs(body["messages"])
         rows = {name: torch.cat([value] * body["n"]) for name, value in inputs.items()}
         ends = sorted({*body["stop_token_ids"], self.processor.tokenizer.eos_token_id})
@@ -136,6 +147,7 @@ class VLLMServer:
                     "logprobs": {"content": content},
                     "finish_reason": reason,
                     "token_ids": ids[:length],
+                    "weight_versions": [{"start": 0, "end": length, "version": version}],
                 }
             )
         prompt = inputs["input_ids"][0].tolist()
@@ -183,7 +195,7 @@ class _Handler(BaseHTTPRequestHandler):
             "/weight_info": state.weight_info,
             "/v1/load_lora_adapter": lambda: state.load_lora_adapter(body),
             "/collective_rpc": lambda: state.collective_rpc(body),
-            "/reset_prefix_cache": lambda: state.reset_prefix_cache(body),
+            "/reset_encoder_cache": lambda: state.reset_encoder_cache(body),
             "/update_weight_version": lambda: state.update_weight_version(body),
             "/v1/chat/completions": lambda: state.chat_completions(body),
         }.get(self.path)
