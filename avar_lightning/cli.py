@@ -75,13 +75,12 @@ class AvarCLI(LightningCLI):
 
 
 def export(trainer: L.Trainer, model: L.LightningModule, folder: Path) -> Path | None:
-    """Write the model as a Hugging Face folder, where one process holds the whole weights; `None` under sharding."""
-    sharded = any(name in type(trainer.strategy).__name__ for name in ("FSDP", "ModelParallel", "DeepSpeed"))
+    """Write the model as a Hugging Face folder; `None` where its weights cannot be gathered (FSDP1, DeepSpeed)."""
+    sharded = any(name in type(trainer.strategy).__name__ for name in ("FSDP", "DeepSpeed"))
     save = getattr(model, "save_pretrained", None)
     if sharded or save is None:
         return None
-    if trainer.is_global_zero:
-        save(folder)
+    save(folder)
     return folder
 
 

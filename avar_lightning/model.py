@@ -153,17 +153,25 @@ def gathered(model: nn.Module) -> Iterator[None]:
             unit.reshard()
 
 
+def whole_state(model: nn.Module) -> dict[str, Any]:
+    """What `save_pretrained` must be given beside the folder: gathered weights, where FSDP2 shares them.
+
+    Adapters only, with PEFT. A collective call; only the first process gets the weights.
+    """
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return {}
+    adapters_only = isinstance(model, PeftModel)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapters_only)
+    return {"state_dict": get_model_state_dict(model, options=options)}
+
+
 def save_weights(model: nn.Module, folder: str | Path) -> None:
     """Write a model's weights (with PEFT: its adapters) in Hugging Face format, gathered where they are sharded.
 
     The first process writes; the folder is whole or not there. A collective call, where there are several.
     """
     folder = Path(folder)
-    options: dict[str, Any] = {}
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        adapters_only = isinstance(model, PeftModel)
-        whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapters_only)
-        options["state_dict"] = get_model_state_dict(model, options=whole)
+    options = whole_state(model)
     if dist.is_initialized() and dist.get_rank() != 0:
         return
     unfinished = folder.with_name(folder.name + ".tmp")

@@ -9,12 +9,13 @@ from typing import Any, TypeVar
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torchmetrics import MeanMetric
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
-from avar_lightning.model import VLMConfig, gathered, load_model, placeholder_ids, shard
+from avar_lightning.model import VLMConfig, gathered, load_model, placeholder_ids, shard, whole_state
 from avar_lightning.processing import load_processor, padding_id
 from avar_lightning.rewards import judge
 
@@ -181,8 +182,12 @@ class VLMModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write a Hugging Face folder (model or adapters, and processor) that opens without this project."""
-        folder = Path(folder)
-        self.model.save_pretrained(folder)  # type: ignore[operator]
-        self.processor.save_pretrained(folder)
+        """Write a Hugging Face folder (model or adapters, and processor) that opens without this project.
+
+        A collective call, where there are several processes; the first writes.
+        """
+        folder, options = Path(folder), whole_state(self.model)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            self.model.save_pretrained(folder, **options)  # type: ignore[operator]
+            self.processor.save_pretrained(folder)
         return folder

@@ -67,6 +67,7 @@ def main(folder, precision):
     options = {"num_train": 64, "num_val": 10, "num_workers": 0, "shuffle_buffer": 16}
     trainer.fit(module(), DemoDataModule(str(folder / "data"), train_prompts=True, batch_size=2, **options))
     trainer.save_checkpoint(folder / "saved.ckpt")
+    trainer.lightning_module.save_pretrained(folder / "hf")
     trainer.fit_loop.epoch_loop.max_steps = 4
     data = DemoDataModule(str(folder / "data"), train_prompts=True, batch_size=2, **options)
     trainer.fit(module(), data, ckpt_path=folder / "saved.ckpt")

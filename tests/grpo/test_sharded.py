@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText
 
 from tests.grpo import sharded
 from tests.grpo.test_grpo_module import one_by_one
@@ -21,6 +22,9 @@ def test_two_processes_that_share_the_weights_learn_as_one_would(tmp_path, preci
     states = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
     for name, tensor in states[0]["weights"].items():
         assert torch.equal(tensor, states[1]["weights"][name])
+    exported = AutoModelForImageTextToText.from_pretrained(tmp_path / "hf").state_dict()
+    for name, tensor in states[0]["weights"].items():
+        torch.testing.assert_close(exported[name.removeprefix("model.")], tensor, msg=name)
     assert (tmp_path / "resumed.txt").read_text() == "4"
     assert (tmp_path / "completions" / "step_00000002.jsonl").is_file()
     rollouts = [state["rollouts"] for state in states]
