@@ -37,6 +37,7 @@ METRICS = {
     "accuracy": "val/accuracy",
     "rollouts": "reward/accuracy",
     "vas": "rollout/vas",
+    "format": "reward/format",
     "length": "rollout/length",
     "vas_reference": "val/vas_ratio_of_means_response",
 }
@@ -65,6 +66,13 @@ def arm_folder(folder: Path, arm: str, seed: int, steps: int, extra: list[str]) 
     name = arm.replace(" + ", "_").replace(", ", "_")
     options = arm_options(start_folder(folder, seed), arm, steps, extra)
     return run_folder(folder, name, seed, ["configs/avar_grpo.yaml", *SFT_SOURCES], options)
+
+
+def describing(place: Path, tables: slice) -> float:
+    """Share of completions that describe the picture before they answer, in some of CompletionsCallback's tables."""
+    files = sorted((place / "completions").glob("*.jsonl"))[tables]
+    texts = [json.loads(line)["completion"] for file in files for line in file.read_text().splitlines()]
+    return sum("I look at the picture" in text for text in texts) / len(texts)
 
 
 def main() -> None:
@@ -104,20 +112,24 @@ def main() -> None:
 
     rows: list[dict] = []
     for arm in options.arms:
-        paths = [arm_folder(folder, arm, seed, options.steps, options.extra) / "summary.json" for seed in options.seeds]
-        runs = [json.loads(path.read_text()) for path in paths if path.is_file()]
+        places = [arm_folder(folder, arm, seed, options.steps, options.extra) for seed in options.seeds]
+        places = [place for place in places if (place / "summary.json").is_file()]
+        runs = [json.loads((place / "summary.json").read_text()) for place in places]
         if runs and not rows:
             before = {key: [run["before"][name] for run in runs] for key, name in METRICS.items()}
+            before["describes"] = [describing(place, slice(0, 1)) for place in places]
             rows.append({"name": "cold start", "reference": True} | before)
         if runs:
-            rows.append({"name": arm} | {key: [run["after"][name] for run in runs] for key, name in METRICS.items()})
+            after = {key: [run["after"][name] for run in runs] for key, name in METRICS.items()}
+            rows.append({"name": arm, "describes": [describing(place, slice(-2, None)) for place in places]} | after)
     if not rows:
         raise SystemExit(f"error: no finished run of this recipe in {folder}; call without --collect.")
     seeds = ", ".join(map(str, options.seeds))
     about = (
         "Accuracy of greedy answers to 200 validation questions; rollouts are sampled completions of training "
-        "prompts, means over the last 5 batches (the first 5 of the first arm for the cold start); references are the "
-        "validation set's own responses; VAS is the ratio of mean masses; "
+        "prompts, means over the last 5 batches (the first 5 of the first arm for the cold start); those that describe "
+        "the picture are counted in 32 completions a run (16 for the cold start); references are the validation set's "
+        "own responses; VAS is the ratio of mean masses; "
         f"{options.steps} updates; mean ± sd over the first of seeds {seeds}; {platform.machine()} CPU, torch "
         f"{metadata.version('torch')}, transformers {metadata.version('transformers')}; {date.today()}; `make vars`."
     )

@@ -27,6 +27,8 @@ REWARD_COLUMNS: Columns = {
     "accuracy": ("Accuracy (%)", 100.0),
     "rollouts": ("Accuracy of rollouts (%)", 100.0),
     "vas": ("VAS of rollouts", 1.0),
+    "format": ("Format of rollouts (%)", 100.0),
+    "describes": ("Rollouts that describe (%)", 100.0),
     "length": ("Length of rollouts", 1.0),
     "vas_reference": ("VAS of references", 1.0),
 }
