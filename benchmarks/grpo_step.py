@@ -106,6 +106,7 @@ def ours(args: argparse.Namespace, turns: Turns, name: str, visual: VisualAttent
         HFRolloutEngine(),
         OptimizerConfig(lr=1e-6, warmup_fraction=0.0, weight_decay=0.0),
     )
+    module.configure_model()  # here: loading is not safe beside another thread that loads
     data = DemoDataModule(
         args.data, num_train=SAMPLES, num_val=8, train_prompts=True, batch_size=args.prompts, num_workers=0
     )
