@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from importlib import metadata
@@ -68,11 +69,33 @@ def arm_folder(folder: Path, arm: str, seed: int, steps: int, extra: list[str]) 
     return run_folder(folder, name, seed, ["configs/avar_grpo.yaml", *SFT_SOURCES], options)
 
 
-def describing(place: Path, tables: slice) -> float:
-    """Share of completions that describe the picture before they answer, in some of CompletionsCallback's tables."""
+def completions(place: Path, tables: slice) -> list[dict]:
+    """Rows of some of CompletionsCallback's tables."""
     files = sorted((place / "completions").glob("*.jsonl"))[tables]
-    texts = [json.loads(line)["completion"] for file in files for line in file.read_text().splitlines()]
-    return sum("I look at the picture" in text for text in texts) / len(texts)
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def style_of(row: dict) -> str:
+    """How a completion answers."""
+    text = row["completion"]
+    if "I look at the picture" in text:
+        return "describes the picture"
+    return "reasons without looking" if "<think>" in text else "answers at once"
+
+
+def describing(place: Path, tables: slice) -> float:
+    """Share of completions that describe the picture before they answer."""
+    return statistics.mean(style_of(row) == "describes the picture" for row in completions(place, tables))
+
+
+def vas_by_style(places: list[Path]) -> str:
+    """Mean VAS of the first completions of each style."""
+    found: dict[str, list[float]] = {}
+    for row in (row for place in places for row in completions(place, slice(0, 1))):
+        if row["vas"] is not None:
+            found.setdefault(style_of(row), []).append(row["vas"])
+    means = (f"{style} {statistics.mean(values):.1f} ({len(values)})" for style, values in sorted(found.items()))
+    return f"VAS of the cold start's completions by style (number of them): {', '.join(means)}."
 
 
 def main() -> None:
@@ -111,9 +134,11 @@ def main() -> None:
             list(pool.map(go_on, jobs))
 
     rows: list[dict] = []
+    finished: list[Path] = []
     for arm in options.arms:
         places = [arm_folder(folder, arm, seed, options.steps, options.extra) for seed in options.seeds]
         places = [place for place in places if (place / "summary.json").is_file()]
+        finished += places
         runs = [json.loads((place / "summary.json").read_text()) for place in places]
         if runs and not rows:
             before = {key: [run["before"][name] for run in runs] for key, name in METRICS.items()}
@@ -135,7 +160,8 @@ def main() -> None:
     )
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "vars.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
-    (options.output / "vars.md").write_text(f"{results_table(rows, columns=REWARD_COLUMNS)}\n\n{about}\n")
+    styles = vas_by_style(finished)
+    (options.output / "vars.md").write_text(f"{results_table(rows, columns=REWARD_COLUMNS)}\n\n{about}\n\n{styles}\n")
     plot_results(rows, columns=REWARD_COLUMNS).savefig(options.output / "vars.png", dpi=150)
     print((options.output / "vars.md").read_text())
 
