@@ -138,7 +138,7 @@ def main() -> None:
     for arm in options.arms:
         places = [arm_folder(folder, arm, seed, options.steps, options.extra) for seed in options.seeds]
         places = [place for place in places if (place / "summary.json").is_file()]
-        finished += places
+        finished = finished or places  # every arm of a seed begins with the same completions
         runs = [json.loads((place / "summary.json").read_text()) for place in places]
         if runs and not rows:
             before = {key: [run["before"][name] for run in runs] for key, name in METRICS.items()}
