@@ -345,7 +345,8 @@ def test_rewards_get_every_column_and_may_be_coroutines(prompts):
 
 
 def test_a_reward_of_trl_plugs_in(prompts):
-    rewards = pytest.importorskip("trl.rewards")
+    from trl import rewards
+
     module = make_module(rewards=[PARITY, RewardConfig(rewards.think_format_reward)])
     fit(module, prompts())
     assert set(module.rollouts.rewards["think_format"]) <= {0.0, 1.0}

@@ -163,7 +163,8 @@ def test_bad_arguments_are_refused():
 
 def trl_loss(new, old, reference, mask, advantages, *, loss_type, beta, low, high, max_length, weights):
     """What TRL's GRPOTrainer computes; its forward is replaced by the given log-probabilities."""
-    trainer_module = pytest.importorskip("trl.trainer.grpo_trainer")
+    from trl.trainer import grpo_trainer as trainer_module
+
     trainer = object.__new__(trainer_module.GRPOTrainer)
     gspo = loss_type == "gspo"
     trainer.__dict__ |= {
