@@ -19,8 +19,8 @@ from avar_lightning.files import write_json, write_jsonl
 SUMMARY_ROWS = (
     ("mean reward", "reward/total", "{:.3f}"),
     ("accuracy", "val/accuracy", "{:.3f}"),
-    ("VAS of user tokens", "val/vas", "{:.2f}"),
-    ("VAS of responses", "val/vas_response", "{:.2f}"),
+    ("VAS of user tokens", "val/vas", "{:.3g}"),
+    ("VAS of responses", "val/vas_response", "{:.3g}"),
     ("  as ratio of means", "val/vas_ratio_of_means_response", "{:.2f}"),
     ("image share, responses", "val/image_share_response", "{:.3f}"),
     ("LM loss", "val/loss", "{:.3f}"),
