@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from avar_lightning.attention import find_vlm
-from avar_lightning.processing import resolve_pretrained
+from avar_lightning.processing import resolve_pretrained, tokenizer_of
 
 
 @dataclass
@@ -187,6 +187,19 @@ def placeholder_ids(config: Any) -> list[int] | None:
     names = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
     found = {getattr(config, name, None) for name in names}
     return sorted(token for token in found if isinstance(token, int)) or None
+
+
+def end_ids(model: Any, processor: Any) -> list[int]:
+    """Tokens that end an answer: the tokenizer's, and those of the model's own generation settings."""
+    own = model.generation_config.eos_token_id
+    listed = own if isinstance(own, list) else [own]
+    return sorted({token for token in [*listed, tokenizer_of(processor).eos_token_id] if token is not None})
+
+
+def up_to_end(tokens: Tensor, ends: list[int]) -> Tensor:
+    """True on a generation up to its first end token, that one included, false on padding behind it, (B, T)."""
+    is_end = torch.isin(tokens, torch.tensor(ends, device=tokens.device)).long()
+    return is_end.cumsum(1) - is_end == 0
 
 
 def _freeze(model: PreTrainedModel, pattern: str) -> None:

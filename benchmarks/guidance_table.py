@@ -8,7 +8,6 @@ kept, so an interrupted table continues where it stopped.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -18,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 from tqdm import tqdm
-from trainings import ROOT, run_folder, train
+from trainings import SFT_SOURCES, run_folder, table_options, train
 
 from avar_lightning.data import DemoDataModule
 from avar_lightning.report import plot_results, results_table
@@ -36,13 +35,6 @@ METRICS = {
 }
 
 
-SOURCES = [
-    "configs/avar_sft.yaml",
-    "avar_lightning/data/demo.py",
-    "avar_lightning/data/demo_base/model.safetensors",
-]
-
-
 def options_of(arm: str, steps: int, extra: list[str]) -> list[str]:
     """Overrides of one arm."""
     form, queries = ARMS[arm]
@@ -56,21 +48,12 @@ def options_of(arm: str, steps: int, extra: list[str]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=300, help="training steps of a run")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time; they share the cores")
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "guidance_table", help="where the runs go")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results", help="where table and picture go")
-    parser.add_argument("--collect", action="store_true", help="train nothing; tabulate the runs that are finished")
-    parser.add_argument("extra", nargs="*", help="further overrides for every run, after --")
-    options = parser.parse_args()
+    options = table_options(__doc__.splitlines()[0], name="guidance_table", arms=ARMS, steps=300)
 
     def place_of(arm: str, seed: int) -> Path:
         name = arm.replace(", Q = ", "_").replace("∪", "")
         overrides = options_of(arm, options.steps, options.extra)
-        return run_folder(options.folder.resolve(), name, seed, SOURCES, overrides)
+        return run_folder(options.folder.resolve(), name, seed, SFT_SOURCES, overrides)
 
     jobs = [(arm, seed) for seed in options.seeds for arm in options.arms]
     if not options.collect:

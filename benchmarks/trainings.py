@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+
+
+SFT_SOURCES = [
+    "configs/avar_sft.yaml",
+    "avar_lightning/data/demo.py",
+    "avar_lightning/data/demo_base/model.safetensors",
+]
+"""What a cold start hangs on."""
+
+
+def table_options(description: str, *, name: str, arms: Iterable[str], steps: int) -> argparse.Namespace:
+    """The command line of a table: seeds, steps, arms, jobs, and where things go."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=steps, help="updates of a run")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time; they share the cores")
+    parser.add_argument("--arms", nargs="+", choices=list(arms), default=list(arms))
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / name, help="where the runs go")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results", help="where table and picture go")
+    parser.add_argument("--collect", action="store_true", help="train nothing; tabulate the runs that are finished")
+    parser.add_argument("extra", nargs="*", help="further overrides for every run, after --")
+    return parser.parse_args()
 
 
 def run_folder(folder: Path, name: str, seed: int, sources: list[str], options: list[str]) -> Path:

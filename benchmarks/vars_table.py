@@ -8,7 +8,6 @@ Each seed has its own cold start (`configs/avar_sft.yaml` on responses of mixed 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -19,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 from tqdm import tqdm
-from trainings import ROOT, run_folder, train
+from trainings import SFT_SOURCES, run_folder, table_options, train
 
 from avar_lightning.data import DemoDataModule
 from avar_lightning.report import REWARD_COLUMNS, plot_results, results_table
@@ -29,11 +28,6 @@ ARMS = {"GRPO": ["--model.init_args.visual=null"]} | {
     f"GRPO + VARS, {transform}": [f"--model.init_args.visual.transform={transform}"] for transform in TRANSFORMS
 }
 START_OPTIONS = ["--data.init_args.style=mixed", "--trainer.val_check_interval=300"]
-SFT_SOURCES = [
-    "configs/avar_sft.yaml",
-    "avar_lightning/data/demo.py",
-    "avar_lightning/data/demo_base/model.safetensors",
-]
 METRICS = {
     "accuracy": "val/accuracy",
     "rollouts": "reward/accuracy",
@@ -99,16 +93,7 @@ def vas_by_style(places: list[Path]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=50, help="updates of a run")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time; they share the cores")
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "vars_table", help="where the runs go")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results", help="where table and picture go")
-    parser.add_argument("--collect", action="store_true", help="train nothing; tabulate the runs that are finished")
-    parser.add_argument("extra", nargs="*", help="further overrides for every run of GRPO, after --")
-    options = parser.parse_args()
+    options = table_options(__doc__.splitlines()[0], name="vars_table", arms=ARMS, steps=50)
     folder = options.folder.resolve()
 
     if not options.collect:

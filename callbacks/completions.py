@@ -51,16 +51,15 @@ class CompletionsCallback(Callback):
         if not isinstance(rollouts, Rollouts) or batch_idx % self.every_n_batches or not trainer.is_global_zero:
             return
         rows, step = rollouts.table(self.num_prompts), trainer.global_step
-        folder = self.folder
-        folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         pictures = [
             [(f"step_{step:08d}_prompt_{prompt}_{number}.png", image) for number, image in enumerate(images)]
             for prompt, images in enumerate(rollouts.prompts.images[: self.num_prompts])
         ]
         for name, image in (picture for own in pictures for picture in own):
-            image.save(folder / name)
+            image.save(self.folder / name)
         lines = [{"step": step, **row, "images": [name for name, _ in pictures[row["prompt"]]]} for row in rows]
-        write_jsonl(folder / f"step_{step:08d}.jsonl", lines)
+        write_jsonl(self.folder / f"step_{step:08d}.jsonl", lines)
         first = ((f"completions/prompt_{prompt}", own[0][1]) for prompt, own in enumerate(pictures) if own)
         log_pixels(trainer.loggers, ((name, _shown(image)) for name, image in first), step=step)
         for logger in trainer.loggers:
@@ -75,8 +74,8 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     for prompt in dict.fromkeys(row["prompt"] for row in rows):
         own = [row for row in rows if row["prompt"] == prompt]
-        names = [name for name in own[0] if name not in ("prompt", "id", "question", "answer")]
-        names = [name for name in names if name != "completion"] + ["completion"]
+        told = ("prompt", "id", "question", "answer", "completion")
+        names = [*(name for name in own[0] if name not in told), "completion"]
         parts.append(f"**prompt_{prompt}** {_text(own[0]['question'])}\n\nanswer: **{_text(own[0]['answer'])}**\n")
         parts.append("\n".join([f"| {' | '.join(names)} |", "|---" * len(names) + "|"]))
         parts[-1] += "".join(f"\n| {' | '.join(_text(row[name]) for name in names)} |" for row in own) + "\n"

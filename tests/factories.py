@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -120,3 +121,13 @@ def make_batch(*conversations: Conversation, padding_side: str = "right", seed: 
         inputs["pixel_values"] = torch.randn(num_patches, PATCH_DIM, generator=generator)
         inputs["image_grid_thw"] = torch.tensor([GRID] * num_images)
     return Batch(inputs, padded([roles for _, roles in encoded], int(Role.OTHER)), [len(ids) for ids, _ in encoded])
+
+
+class StopAfter(L.Callback):
+    """Ends a training after some updates, as an interruption would."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step >= self.steps

@@ -9,6 +9,7 @@ from avar_lightning.model import LoRAConfig, VLMConfig
 from avar_lightning.module import NOT_MODEL_INPUTS, OptimizerConfig
 from avar_lightning.roles import Role
 from avar_lightning.sft import SFTModule
+from tests.factories import StopAfter
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 
@@ -165,14 +166,6 @@ def test_resumed_run_equals_uninterrupted_one(make_data, tmp_path):
     )
     for name, tensor in state(resumed).items():
         torch.testing.assert_close(tensor, state(whole)[name], rtol=1e-5, atol=1e-7)
-
-
-class StopAfter(L.Callback):
-    def __init__(self, steps):
-        self.steps = steps
-
-    def on_train_batch_end(self, trainer, *_):
-        trainer.should_stop = trainer.global_step >= self.steps
 
 
 def test_checkpoint_and_export_open_again(make_data, tmp_path):

@@ -6,8 +6,8 @@ import copy
 import math
 import random
 import time
-from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
@@ -23,6 +23,7 @@ from avar_lightning.attention import observe_attention
 from avar_lightning.grpo.config import GRPOConfig
 from avar_lightning.grpo.policy import completion_batch, completion_logps
 from avar_lightning.grpo.rollouts import Rollouts, padded
+from avar_lightning.grpo.trend import Trend
 from avar_lightning.losses import group_advantages, grpo_loss, importance_weights
 from avar_lightning.model import VLMConfig
 from avar_lightning.module import OptimizerConfig, VLMModule, as_config
@@ -39,8 +40,6 @@ DEFAULT_REWARDS = (
 )
 # Batches in a row without a group to learn from after which a warning is due.
 PATIENCE = 10
-# Batches over which rewards and completions at the start and at the end of training are averaged.
-TREND = 5
 
 
 class GRPOModule(VLMModule):
@@ -51,7 +50,7 @@ class GRPOModule(VLMModule):
     the pass over the completions that gives their log-probabilities.
 
     Logs `reward/<part>`, `reward/total`, `rollout/…` (length, truncated, empty, groups_without_variance, vas,
-    image_share, …), `train/…` (loss, kl, entropy, clip_fraction_low, clip_fraction_high, grad_norm, …) and `time/…`
+    sampler_mismatch), `train/…` (loss, kl, entropy, clip_fraction_low, clip_fraction_high, grad_norm, …) and `time/…`
     (seconds of each stage); in validation `val/loss` of reference responses and `val/accuracy` of greedy answers.
 
     Args:
@@ -108,8 +107,7 @@ class GRPOModule(VLMModule):
         """Of the last batch; for callbacks."""
         self._synced: int | None = None  # the step whose weights the engine has
         self._idle = 0  # batches in a row without a group to learn from
-        self._first: list[dict[str, float]] = []
-        self._last: deque[dict[str, float]] = deque(maxlen=TREND)
+        self._trend = Trend()
 
     # Set-up
 
@@ -154,11 +152,11 @@ class GRPOModule(VLMModule):
         state = checkpoint.get("state_dict", {})
         for name in [name for name in state if name.startswith("reference.")]:
             del state[name]
-        checkpoint["grpo_start"] = self._first
+        checkpoint["grpo_start"] = self._trend.first
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the start of the trend, and put the reference's own weights where loading expects them."""
-        self._first = checkpoint.get("grpo_start", [])
+        self._trend.first = checkpoint.get("grpo_start", [])
         # Strategies that share weights load them by themselves, and leave nothing here.
         if "state_dict" in checkpoint and hasattr(self, "reference"):
             own = self.reference.state_dict()
@@ -172,7 +170,7 @@ class GRPOModule(VLMModule):
     @property
     def trend(self) -> tuple[dict[str, float], dict[str, float]]:
         """Means of `reward/…` and `rollout/…` over the first and over the last batches of this training."""
-        return _means(self._first), _means(self._last)
+        return self._trend.means()
 
     # One batch of prompts
 
@@ -198,9 +196,7 @@ class GRPOModule(VLMModule):
             logs = self._learn(rollouts)
         self.rollouts = rollouts
         described = self._describe(rollouts)
-        if len(self._first) < TREND:
-            self._first.append(described)
-        self._last.append(described)
+        self._trend.add(described)
         logs |= {f"time/{name}_s": value for name, value in self._seconds.items()}
         size = len(rollouts.prompts)
         self.log_dict(logs, batch_size=size, sync_dist=True)
@@ -219,13 +215,9 @@ class GRPOModule(VLMModule):
         return Rollouts.of(prompts, columns, count, completions, texts)
 
     def _judge(self, rollouts: Rollouts) -> dict[str, list[float]]:
-        columns = rollouts.by_column() | {
-            "prompts": [messages for messages in rollouts.prompts.messages for _ in range(rollouts.num_generations)],
-            "completion_ids": [tokens.tolist() for tokens in rollouts.token_ids],
-        }
         # Prompts are chats, and completions of chats are messages, as TRL hands them over.
         completions = [[{"role": "assistant", "content": text}] for text in rollouts.texts]
-        return call_rewards(self.functions, completions, columns)
+        return call_rewards(self.functions, completions, rollouts.by_column())
 
     @torch.no_grad()
     def _measure(self, rollouts: Rollouts, *, measure_vas: bool) -> None:
@@ -420,20 +412,7 @@ class GRPOModule(VLMModule):
 
     def _describe(self, rollouts: Rollouts) -> dict[str, float]:
         """Means over the completions of all processes, of what is known of each; NaN where nothing is."""
-        values = {f"reward/{name}": own for name, own in rollouts.rewards.items()}
-        values |= {
-            "reward/total": rollouts.total,
-            "rollout/length": [float(len(tokens)) for tokens in rollouts.token_ids],
-            "rollout/truncated": [float(not finished) for finished in rollouts.finished],
-            "rollout/empty": [float(not len(tokens)) for tokens in rollouts.token_ids],
-            "rollout/groups_without_variance": [float(not differ) for differ in rollouts.differ],
-        }
-        if rollouts.sampling_logps is not None and rollouts.old_logps is not None:
-            pairs = zip(rollouts.old_logps, rollouts.sampling_logps, strict=True)
-            gaps = [(ours.cpu() - theirs.cpu()).abs() for ours, theirs in pairs]
-            values["rollout/sampler_mismatch"] = torch.cat(gaps).tolist()
-        if rollouts.observed:
-            values["rollout/vas"] = rollouts.vas
+        values = rollouts.values()
         known = [[value for value in own if math.isfinite(value)] for own in values.values()]
         sums = self._over_processes([math.fsum(own) for own in known], "sum")
         counts = self._over_processes([len(own) for own in known], "sum")
@@ -451,16 +430,3 @@ class GRPOModule(VLMModule):
 
 def _at(values: Sequence[Tensor], indices: Sequence[int]) -> list[Tensor]:
     return [values[index] for index in indices]
-
-
-def _means(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Mean of each name over the rows that have it."""
-    rows = list(rows)
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: _mean([row[name] for row in rows if name in row]) for name in names}
-
-
-def _mean(values: Sequence[float]) -> float:
-    """Mean of what is finite, NaN without any."""
-    known = [value for value in values if math.isfinite(value)]
-    return sum(known) / len(known) if known else math.nan

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,11 +99,37 @@ class Rollouts:
         return self.row(index)["input_ids"].shape[1] + len(self.token_ids[index])
 
     def by_column(self) -> dict[str, list[Any]]:
-        """Every column of the data set, one value a completion, None where a prompt has no such column."""
+        """What rewards get beside the completions, one value a completion.
+
+        Every column of the data set, None where a prompt has no such column; `prompts` (chat messages), and
+        `completion_ids`.
+        """
+
+        def each(values: Iterable[Any]) -> list[Any]:
+            return [value for value in values for _ in range(self.num_generations)]
+
         names = dict.fromkeys(name for column in self.columns for name in column)
-        return {
-            name: [column.get(name) for column in self.columns for _ in range(self.num_generations)] for name in names
+        columns = {name: each(column.get(name) for column in self.columns) for name in names}
+        completion_ids = [tokens.tolist() for tokens in self.token_ids]
+        return columns | {"prompts": each(self.prompts.messages), "completion_ids": completion_ids}
+
+    def values(self) -> dict[str, list[float]]:
+        """What is known of each completion, by the name under which its mean is logged."""
+        values = {f"reward/{name}": own for name, own in self.rewards.items()}
+        values |= {
+            "reward/total": self.total,
+            "rollout/length": [float(len(tokens)) for tokens in self.token_ids],
+            "rollout/truncated": [float(not finished) for finished in self.finished],
+            "rollout/empty": [float(not len(tokens)) for tokens in self.token_ids],
+            "rollout/groups_without_variance": [float(not differ) for differ in self.differ],
         }
+        if self.sampling_logps is not None and self.old_logps is not None:
+            pairs = zip(self.old_logps, self.sampling_logps, strict=True)
+            gaps = [(ours.cpu() - theirs.cpu()).abs() for ours, theirs in pairs]
+            values["rollout/sampler_mismatch"] = torch.cat(gaps).tolist()
+        if self.observed:
+            values["rollout/vas"] = self.vas
+        return values
 
     def table(self, num_prompts: int) -> list[dict[str, Any]]:
         """Everything about the completions of the first prompts, one mapping each, as plain types."""

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from avar_lightning.attention import LayerSpec, find_vlm, observe_attention, steer_attention
 from avar_lightning.data.collate import Collator, is_sequence
 from avar_lightning.interventions.settings import Setting
-from avar_lightning.model import gathered, placeholder_ids
+from avar_lightning.model import end_ids, gathered, placeholder_ids, up_to_end
 from avar_lightning.processing import padding_id, tokenizer_of
 from avar_lightning.rewards import accuracy_reward, extract_answer
 from avar_lightning.roles import Role
@@ -111,7 +111,7 @@ def answer(
     role_ids = prompt["role_ids"]
     vlm = find_vlm(model)
     tokenizer = tokenizer_of(processor)
-    ends = _ends(vlm, tokenizer)
+    ends = end_ids(vlm, tokenizer)
     queries = [Role.USER, Role.RESPONSE]
     with gathered(vlm), ExitStack() as contexts:
         record = contexts.enter_context(observe_attention(vlm, role_ids, queries=queries, layers=layers))
@@ -132,9 +132,7 @@ def answer(
     rewards = _score(completions, columns, reward)
     image, system = record.mass_of(Role.IMAGE), record.mass_of(Role.SYSTEM)
     # Of the answer, tokens up to its end were rows; the padding behind it is none of the model's doing.
-    is_end = torch.isin(new, torch.tensor(ends, device=new.device)).long()
-    after_end = is_end.cumsum(1) - is_end > 0
-    alive = pad(~after_end, (role_ids.shape[1], 0), value=True)[:, : record.role_ids.shape[1]]
+    alive = pad(up_to_end(new, ends), (role_ids.shape[1], 0), value=True)[:, : record.role_ids.shape[1]]
     masks = {"": record.query_mask(Role.USER), "_response": record.query_mask(Role.RESPONSE) & alive}
     scores = {
         name + suffix: visual_attention_score(image, system, mask.to(image.device), reduction=reduction).tolist()
@@ -159,13 +157,6 @@ def _score(completions: list[str], columns: Sequence[Mapping[str, Any]], reward:
         for i, value in zip(scored, reward([completions[i] for i in scored], **given), strict=True):
             rewards[i] = math.nan if value is None else float(value)
     return rewards
-
-
-def _ends(vlm: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end an answer: the tokenizer's, and those of the model's own generation settings."""
-    own = vlm.generation_config.eos_token_id
-    listed = own if isinstance(own, list) else [own]
-    return sorted({token for token in [*listed, tokenizer.eos_token_id] if token is not None})
 
 
 def columns_of(batch: Mapping[str, Any], role_ids: Tensor, processor: Any) -> list[dict[str, Any]]:

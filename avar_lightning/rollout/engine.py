@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from PIL import Image
 from torch import Tensor, nn
 
+from avar_lightning.model import end_ids
 from avar_lightning.processing import tokenizer_of
 
 
@@ -46,8 +47,7 @@ class SamplingConfig:
             ValueError: One of `stop_tokens` is no single token.
         """
         tokenizer = tokenizer_of(processor)
-        own = model.generation_config.eos_token_id
-        ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+        ends = set(end_ids(model, tokenizer))
         for text in self.stop_tokens:
             ids = tokenizer.encode(text, add_special_tokens=False)
             if len(ids) != 1:
@@ -56,7 +56,7 @@ class SamplingConfig:
                     "leave it out."
                 )
             ends.add(ids[0])
-        return sorted(token for token in ends if token is not None)
+        return sorted(ends)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from avar_lightning.data.collate import Collator
-from avar_lightning.model import gathered, placeholder_ids
+from avar_lightning.model import gathered, placeholder_ids, up_to_end
 from avar_lightning.processing import padding_id
 from avar_lightning.rollout.engine import Completions, Prompts, SamplingConfig
 
@@ -78,8 +78,7 @@ class HFRolloutEngine:
             synced_gpus=False,
         )
         new = tokens[:, batch["input_ids"].shape[1] :]
-        is_end = torch.isin(new, torch.tensor(self.ends, device=device)).long()
-        lengths = ((is_end.cumsum(1) - is_end) == 0).sum(1)
+        lengths = up_to_end(new, self.ends).sum(1)
         return [row[:length] for row, length in zip(new, lengths.tolist(), strict=True)]
 
 

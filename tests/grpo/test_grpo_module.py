@@ -14,6 +14,7 @@ from avar_lightning.module import OptimizerConfig
 from avar_lightning.rewards import RewardConfig, VisualAttentionReward
 from avar_lightning.roles import Role
 from avar_lightning.rollout import Completions, HFRolloutEngine, Prompts, SamplingConfig
+from tests.factories import StopAfter
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 G = 4
@@ -285,14 +286,6 @@ def test_a_checkpoint_opens_and_has_no_reference(prompts, tmp_path):
     assert (loaded.grpo, loaded.sampling, loaded.visual) == (module.grpo, module.sampling, module.visual)
     ours = module.model.state_dict()
     assert all(torch.equal(tensor, ours[name]) for name, tensor in loaded.model.state_dict().items())
-
-
-class StopAfter(L.Callback):
-    def __init__(self, steps):
-        self.steps = steps
-
-    def on_train_batch_end(self, trainer, *_):
-        trainer.should_stop = trainer.global_step >= self.steps
 
 
 def test_a_resumed_run_samples_and_learns_as_an_uninterrupted_one(prompts, tmp_path):
