@@ -43,7 +43,7 @@ class VLLMServer:
         self.faults: deque[tuple[str, Any]] = deque()
         self.requests: list[tuple[str, Any]] = []
         self.stale = False
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a restart ends no request halfway: an answer is of one life of the server
         self.processor = load_processor(folder)
         self.base = AutoModelForImageTextToText.from_pretrained(folder).eval()
         self.encoder_cache: set[str] = set()
@@ -55,11 +55,12 @@ class VLLMServer:
 
     def start_again(self) -> None:
         """Lose everything that was loaded since the start."""
-        self.model = copy.deepcopy(self.base)  # loading is not safe beside another thread that loads
-        self.stale = False
-        self.version: str | None = None
-        self.encoder_cache.clear()
-        self.adapters: set[str] = set()
+        with self.lock:
+            self.model = copy.deepcopy(self.base)  # loading is not safe beside another thread that loads
+            self.stale = False
+            self.version: str | None = None
+            self.encoder_cache.clear()
+            self.adapters: set[str] = set()
 
     def stop(self) -> None:
         self.http.shutdown()
@@ -118,7 +119,7 @@ class VLLMServer:
         rows = {name: torch.cat([value] * body["n"]) for name, value in inputs.items()}
         ends = sorted({*body["stop_token_ids"], self.processor.tokenizer.eos_token_id})
         forbidden = [int(token) for token, bias in body["logit_bias"].items() if bias <= -100]
-        with self.lock, torch.random.fork_rng():
+        with torch.random.fork_rng():
             torch.manual_seed(body["seed"])
             out = self.model.generate(
                 **rows,
@@ -199,7 +200,8 @@ class _Handler(BaseHTTPRequestHandler):
             "/update_weight_version": lambda: state.update_weight_version(body),
             "/v1/chat/completions": lambda: state.chat_completions(body),
         }.get(self.path)
-        status, value = answer() if answer else (404, {"detail": "Not Found"})
+        with state.lock:
+            status, value = answer() if answer else (404, {"detail": "Not Found"})
         if status == 200 and isinstance(value, dict) and "choices" in value:
             if fault == "empty choices":
                 value["choices"] = []
