@@ -7,7 +7,8 @@ from avar_lightning.data.loader import ShardLoader, TooManyBadSamples
 from avar_lightning.data.order import read_shard
 from avar_lightning.data.reader import ShardReader
 from avar_lightning.data.sample import Sample, SampleError, check_messages, parse_sample
-from avar_lightning.data.shards import Shard, ShardWriter, expand_urls, find_shards, write_shards
+from avar_lightning.data.shards import Shard, expand_urls, find_shards
+from avar_lightning.data.writer import ShardWriter, write_shards
 
 __all__ = [
     "Collator",

@@ -9,7 +9,8 @@ from typing import Any
 from avar_lightning.data.datamodule import ShardDataModule
 from avar_lightning.data.demo import TASKS, WORLD_VERSION, Stage, Style, Task, demo_samples, pretraining_samples
 from avar_lightning.data.sample import Sample
-from avar_lightning.data.shards import MANIFEST, write_shards
+from avar_lightning.data.shards import MANIFEST
+from avar_lightning.data.writer import write_shards
 
 
 class DemoDataModule(ShardDataModule):

@@ -12,7 +12,7 @@ from transformers import ProcessorMixin
 
 from avar_lightning.data.demo_base import build_processor
 from avar_lightning.data.sample import Sample
-from avar_lightning.data.shards import write_shards
+from avar_lightning.data.writer import write_shards
 
 Files = dict[str, bytes]
 

@@ -13,7 +13,8 @@ from PIL import Image
 
 from avar_lightning.data.order import read_shard
 from avar_lightning.data.sample import Sample, SampleError, parse_sample
-from avar_lightning.data.shards import MANIFEST, Shard, ShardWriter, expand_urls, find_shards, write_shards
+from avar_lightning.data.shards import MANIFEST, Shard, expand_urls, find_shards
+from avar_lightning.data.writer import ShardWriter, write_shards
 from tests.data.conftest import make_sample, sample_files, write_tar
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)

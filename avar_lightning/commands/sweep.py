@@ -1,47 +1,19 @@
-"""The `avar` command: what is done with models and shards beside training."""
+"""`avar sweep`: its options, and what it prints."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-from collections.abc import Callable, Sequence
 from glob import glob
 from typing import Any
 
 from avar_lightning.attention import MODES
-from avar_lightning.errors import told
 from avar_lightning.report import interventions_table
 from avar_lightning.roles import Role
 from avar_lightning.sweep import SweepConfig, sweep
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit status.
-
-    0 when done, 1 when input or environment is at fault (one sentence on stderr), 2 for wrong usage.
-    """
-    parser = argparse.ArgumentParser(prog="avar", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_sweep,):
-        add(commands)
-    options = vars(parser.parse_args(args))
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    options.pop("command")
-    run: Callable[[dict[str, Any]], None] = options.pop("run")
-    try:
-        run(options)
-    except KeyboardInterrupt:
-        print("interrupted; call the same command again to go on.", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if not told(error):
-            raise
-        return 1
-    return 0
-
-
-def _add_sweep(commands: Any) -> None:
+def add_sweep(commands: Any) -> None:
+    """Add the subcommand."""
     sweep = commands.add_parser(
         "sweep",
         help="steer a model with a grid of strengths, and compare its answers and attention",

@@ -1,0 +1,166 @@
+"""Write shards: WebDataset tars beside a manifest, all of them or none."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import webdataset as wds
+from PIL import Image
+from tqdm.auto import tqdm
+
+from avar_lightning.data.sample import Sample, SampleError, check_messages
+from avar_lightning.data.shards import MANIFEST
+
+
+class ShardWriter:
+    """Write samples into numbered shards of a folder, all of them or none.
+
+    Everything goes to ``*.tmp`` files, which get their names when the ``with`` block ends well and are
+    deleted when it does not. The bytes depend on the samples alone: equal samples give equal files.
+
+    Args:
+        folder: Where ``shard-000000.tar``, … and ``manifest.json`` go; made if missing.
+        samples_per_shard: Size of every shard but the last.
+        image_format: ``png`` keeps every pixel; ``jpg`` (quality 95) is smaller for photographs.
+        overwrite: Replace the shards that the folder already holds.
+
+    Raises:
+        FileExistsError: When the folder already holds shards and ``overwrite`` is false.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        samples_per_shard: int = 1000,
+        image_format: Literal["png", "jpg"] = "png",
+        overwrite: bool = False,
+    ) -> None:
+        if samples_per_shard < 1:
+            raise ValueError(f"samples_per_shard is {samples_per_shard}; expected at least 1")
+        self.folder = Path(folder)
+        self.samples_per_shard = samples_per_shard
+        self.image_format = image_format
+        self.paths: list[Path] = []
+        self._old = sorted(self.folder.glob("*.tar")) if self.folder.is_dir() else []
+        if self._old and not overwrite:
+            raise FileExistsError(
+                f"{self.folder} already holds {len(self._old)} shard(s); pass overwrite=True to replace them"
+            )
+        self._counts: list[int] = []
+        self._keys: set[str] = set()
+        self._file: io.BufferedWriter | None = None
+        self._tar: wds.TarWriter | None = None
+
+    def write(self, sample: Sample) -> None:
+        """Append one sample under its key, or under its number where it has none.
+
+        Raises:
+            SampleError: When it would be refused on reading, or its key has a dot or was used before.
+        """
+        key = sample.key or f"{len(self._keys):08d}"
+        try:
+            check_messages(sample.messages, len(sample.images))
+            if "." in key or key.startswith("__") or key in self._keys:
+                raise ValueError("its key is in use or has a dot or '__' in front; expected a new plain name")
+        except ValueError as error:
+            raise SampleError(f"{self.folder}: sample {key!r}: {error}") from error
+        document = {"messages": sample.messages, **sample.fields(), "id": sample.id or key}
+        record: dict[str, Any] = {"__key__": key, "json": json.dumps(document, ensure_ascii=False).encode()}
+        for index, image in enumerate(sample.images):
+            record[f"{index}.{self.image_format}"] = _encode_image(image, self.image_format)
+        if self._tar is None or self._counts[-1] == self.samples_per_shard:
+            self._next_shard()
+        assert self._tar is not None
+        self._tar.write(record)
+        self._keys.add(key)
+        self._counts[-1] += 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+        temporary = [_temporary(path) for path in self.paths]
+        if kind is not None:
+            for path in temporary:
+                path.unlink()
+            return
+        for path in self._old:
+            path.unlink(missing_ok=True)
+        for source, target in zip(temporary, self.paths):
+            source.replace(target)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        entries = [
+            {"name": path.name, "samples": count, "bytes": path.stat().st_size}
+            for path, count in zip(self.paths, self._counts)
+        ]
+        manifest = self.folder / MANIFEST
+        _temporary(manifest).write_text(json.dumps({"samples": sum(self._counts), "shards": entries}, indent=1))
+        _temporary(manifest).replace(manifest)
+
+    def _next_shard(self) -> None:
+        self._close()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.paths.append(self.folder / f"shard-{len(self.paths):06d}.tar")
+        self._counts.append(0)
+        self._file = _temporary(self.paths[-1]).open("wb")
+        self._tar = wds.TarWriter(self._file, encoder=False, mtime=0, format="PAX_FORMAT")
+
+    def _close(self) -> None:
+        if self._tar is not None and self._file is not None:
+            self._tar.close()
+            self._file.close()
+            self._tar = self._file = None
+
+
+def write_shards(
+    samples: Iterable[Sample],
+    folder: str | Path,
+    *,
+    samples_per_shard: int = 1000,
+    image_format: Literal["png", "jpg"] = "png",
+    overwrite: bool = False,
+    progress: bool = False,
+    total: int | None = None,
+) -> list[Path]:
+    """Write samples into shards of ``folder`` (see :class:`ShardWriter`) and return the shards' paths.
+
+    Args:
+        samples: Anything that yields samples; it is read once.
+        folder: Where the shards go.
+        samples_per_shard: Size of every shard but the last.
+        image_format: ``png`` or ``jpg``.
+        overwrite: Replace the shards that the folder already holds.
+        progress: Show a progress bar.
+        total: Number of samples, for the progress bar, where ``samples`` has no length.
+    """
+    total = len(samples) if total is None and isinstance(samples, Sequence) else total
+    with ShardWriter(
+        folder, samples_per_shard=samples_per_shard, image_format=image_format, overwrite=overwrite
+    ) as writer:
+        for sample in tqdm(samples, total=total, unit="sample", desc=f"writing {folder}", disable=not progress):
+            writer.write(sample)
+    return writer.paths
+
+
+def _encode_image(image: Image.Image, image_format: str) -> bytes:
+    buffer = io.BytesIO()
+    if image_format == "jpg":
+        image.convert("RGB").save(buffer, "JPEG", quality=95)
+    else:
+        image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _temporary(path: Path) -> Path:
+    # Two runs may write the same shards on first use; each has its own files, and the last to finish leaves its own.
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")

@@ -1,0 +1,1 @@
+"""Visual-anchored reflection data (VARD) from models that are served elsewhere."""
