@@ -125,6 +125,13 @@ class SampleEncoder:
             messages=asked,
         )
 
+    def image_tokens(self, sizes: Sequence[tuple[int, int]]) -> float:
+        """Tokens that images of such heights and widths become; an estimate where the processor does not say."""
+        count = getattr(self.processor, "_get_num_multimodal_tokens", None)
+        if count is None or not sizes:
+            return sum(height * width for height, width in sizes) / 28**2  # one of Qwen-VL's merged patches
+        return float(sum(count(image_sizes=list(sizes)).num_image_tokens))
+
     def _process(self, text: str, sample: Sample, where: str) -> dict[str, Tensor]:
         bos = self.processor.tokenizer.bos_token
         # A template that writes BOS itself must not get a second one from the tokenizer.

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import ProcessorMixin
 
 from avar_lightning.data.collate import Collator, PromptRows, SampleEncoder
+from avar_lightning.data.fetching import DEFAULT_FOLDER, ShardCache
 from avar_lightning.data.loader import ShardLoader
 from avar_lightning.data.reader import ShardReader
 from avar_lightning.data.shards import find_shards
@@ -22,8 +23,8 @@ class ShardDataModule(L.LightningDataModule):
     """Batches from WebDataset shards.
 
     Every rank and worker reads only its own share while it trains; nothing is preprocessed ahead. The order
-    depends on ``seed`` and the epoch alone, and a checkpoint taken in the middle of an epoch resumes with
-    the next batch.
+    depends on ``seed`` and the epoch alone, not on who reads, and a checkpoint taken in the middle of an epoch
+    resumes with the next sample.
 
     Args:
         train: Shards to train on: a .tar, a folder, a glob, a {000..009} pattern, a manifest.json, a pipe:
@@ -37,10 +38,9 @@ class ShardDataModule(L.LightningDataModule):
         num_workers: Reading processes a rank; 0 reads in the training process.
         max_length: Most tokens of a sample, image tokens included; longer samples are dropped whole,
             counted and reported.
-        shuffle_buffer: Undecoded samples among which the next training sample is drawn, beside the order of
-            shards.
-        length_group_buffer: Encoded samples that are sorted by length to make training batches with little
-            padding, held in memory with their pixels; 0 turns it off.
+        shuffle_window: Neighbouring training samples that are permuted, beside the order of shards.
+        length_group: Neighbouring training samples, over all processes, that are sorted by length to make batches with
+            little padding, some dozens of batches; 0 turns it off.
         seed: Of the training order.
         max_bad_fraction: Share of corrupt samples above which the run stops; below it they are skipped,
             counted and logged.
@@ -49,6 +49,9 @@ class ShardDataModule(L.LightningDataModule):
         max_pixels: Most pixels of a resized image, which bounds its tokens (Qwen-VL families).
         keep_images: Put the images themselves into evaluation batches, for overlays.
         cache_encoded: Keep encoded samples in each worker's memory; for sets that are small enough.
+        cache_folder: Where shards behind URLs and pipes are kept once they have been fetched, on a local disk.
+        cache_gigabytes: Most that they may take there; no limit when unset. The shards of two shuffle windows should
+            find room.
         train_prompts: Training batches are prompts to answer (`PromptRows`), as GRPOModule needs them; samples need no
             response, and one that is there is left out.
     """
@@ -64,8 +67,8 @@ class ShardDataModule(L.LightningDataModule):
         val_batch_size: int | None = None,
         num_workers: int = 1,
         max_length: int | None = None,
-        shuffle_buffer: int = 1000,
-        length_group_buffer: int = 0,
+        shuffle_window: int = 10_000,
+        length_group: int = 0,
         seed: int = 0,
         max_bad_fraction: float = 0.05,
         drop_last: bool = True,
@@ -73,6 +76,8 @@ class ShardDataModule(L.LightningDataModule):
         max_pixels: int | None = None,
         keep_images: bool = False,
         cache_encoded: bool = False,
+        cache_folder: str = DEFAULT_FOLDER,
+        cache_gigabytes: float | None = None,
         train_prompts: bool = False,
     ) -> None:
         super().__init__()
@@ -81,8 +86,9 @@ class ShardDataModule(L.LightningDataModule):
             ("val_batch_size", val_batch_size, 1),
             ("num_workers", num_workers, 0),
             ("max_length", max_length, 1),
-            ("shuffle_buffer", shuffle_buffer, 0),
-            ("length_group_buffer", length_group_buffer, 0),
+            ("shuffle_window", shuffle_window, 0),
+            ("length_group", length_group, 0),
+            ("cache_gigabytes", cache_gigabytes, 0),
         ):
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}; expected at least {least}")
@@ -94,14 +100,15 @@ class ShardDataModule(L.LightningDataModule):
         self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
         self.num_workers = num_workers
         self.max_length = max_length
-        self.shuffle_buffer = shuffle_buffer
-        self.length_group_buffer = length_group_buffer
+        self.shuffle_window = shuffle_window
+        self.length_group = length_group
         self.seed = seed
         self.max_bad_fraction = max_bad_fraction
         self.drop_last = drop_last
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self.keep_images = keep_images
         self.cache_encoded = cache_encoded
+        self.cache = ShardCache(cache_folder, limit=None if cache_gigabytes is None else cache_gigabytes * 1e9)
         self.train_prompts = train_prompts
         self._processor: ProcessorMixin | None = None
         self._loaders: dict[str, ShardLoader] = {}
@@ -173,10 +180,11 @@ class ShardDataModule(L.LightningDataModule):
                 rank=rank,
                 world_size=world_size,
                 seed=self.seed,
-                shuffle_buffer=self.shuffle_buffer,
-                length_group_buffer=self.length_group_buffer,
+                shuffle_window=self.shuffle_window,
+                length_group=self.length_group,
                 drop_last=self.drop_last,
                 cache_encoded=self.cache_encoded,
+                cache=self.cache,
             )
             self._loaders[stage] = ShardLoader(
                 reader,

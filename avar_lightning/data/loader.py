@@ -1,14 +1,18 @@
 """The data loader: batches in the main process, with an account of what was left out."""
 
+from __future__ import annotations
+
 import logging
+from collections import deque
 from collections.abc import Iterator
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
-from torch import Tensor
 from torch.utils.data import DataLoader
 
-from avar_lightning.data.reader import Delivery, ShardReader
+from avar_lightning.data.order import Progress
+from avar_lightning.data.reader import Delivery, ShardReader, Task
 
 log = logging.getLogger(__name__)
 
@@ -49,14 +53,15 @@ class ShardLoader:
         self.reader, self.max_bad_fraction, self.name = reader, max_bad_fraction, name
         self.counts = {"seen": 0, "bad": 0, "too_long": 0}
         self._said: set[str] = set()
-        self._delivered, self._complete = 0, False  # of the current iteration
-        self._resume: dict[str, int] = {}
-        self._epochs = _Epochs(reader.epoch)
+        self._plan = _Plan(reader)
+        self._progress = Progress()
+        self._delivered = 0  # batches of the current iteration
         # One of the two places where Lightning looks for `set_epoch`; a `sampler` would have to be a real one.
-        self.batch_sampler = SimpleNamespace(sampler=self._epochs)
+        self.batch_sampler = SimpleNamespace(sampler=self._plan)
         self._loader: DataLoader[Delivery] = DataLoader(
             reader,
             batch_size=None,
+            sampler=self._plan,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
@@ -65,7 +70,7 @@ class ShardLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next iteration."""
-        self._epochs.set_epoch(epoch)
+        self._plan.set_epoch(epoch)
 
     def close(self) -> None:
         """Let the workers end."""
@@ -73,15 +78,26 @@ class ShardLoader:
         # told to end.
         self._loader._iterator = None
 
-    def state_dict(self) -> dict[str, int]:
-        """Position in the data: the epoch, and the batches delivered in it."""
-        complete = self._complete or self._delivered == self.reader.num_batches
-        epoch = int(self.reader.epoch)
-        return {"epoch": epoch + 1, "batches": 0} if complete else {"epoch": epoch, "batches": self._delivered}
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the data after the batches that were delivered, over all processes."""
+        progress = self._progress
+        if self._plan.is_last(progress):
+            progress = Progress(progress.epoch + 1)
+        return {**asdict(progress), "order": self.reader.order_key}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from where ``state_dict`` was taken: the next iteration reads on, later ones follow from there."""
-        self._resume = dict(state)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where ``state_dict`` was taken: the next iteration reads on, later ones follow from there.
+
+        Raises:
+            ValueError: The state belongs to other data, or another order of it.
+        """
+        if state.get("order") != self.reader.order_key:
+            raise ValueError(
+                f"the checkpoint's position in the {self.name} data belongs to {state.get('order')}, and these shards "
+                f"and settings make {self.reader.order_key}; restore them, or start a new run from the exported "
+                "weights (--model.init_args.vlm.pretrained) instead of --ckpt_path"
+            )
+        self._plan.start = Progress(state["epoch"], state["position"], tuple(state["pending"]))
 
     def __len__(self) -> int:
         if self.reader.num_batches is None:
@@ -89,23 +105,18 @@ class ShardLoader:
         return self.reader.num_batches
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        skip = 0
-        if self._resume:
-            # Lightning counts a stopped epoch as finished, or twice; the state knows which epoch comes next.
-            self._epochs.shift += self._resume["epoch"] - int(self.reader.epoch)
-            self.reader.epoch.fill_(self._resume["epoch"])
-            skip = self._resume["batches"]
-            self._resume = {}
-        self._delivered, self._complete = 0, False
+        self._delivered = 0
+        self._plan.begin()
+        self._progress = self._plan.begun
         for delivery in self._loader:
-            self._delivered += delivery.batch is not None
-            last = delivery.batch is not None and self._delivered == self.reader.num_batches
-            self._account(delivery, final=last)
-            if delivery.batch is not None and self._delivered > skip:
+            self._progress = self._plan.ahead.popleft()
+            self._account(delivery, final=self._plan.is_last(self._progress))
+            if delivery.batch is not None:
+                self._delivered += 1
                 yield delivery.batch
         self._account(Delivery(), final=True)
-        self._complete = True
-        if self._delivered == 0:
+        self._progress = Progress(self._progress.epoch + 1)
+        if self._delivered == 0 and self._plan.begun.position == 0:
             raise TooManyBadSamples(self._message("no sample can be used"))
 
     def _account(self, delivery: Delivery, *, final: bool) -> None:
@@ -136,15 +147,46 @@ class ShardLoader:
         )
 
 
-class _Epochs:
-    """Sets the reader's epoch; without a reference to the loader, so that no cycle keeps its workers."""
+class _Plan:
+    """The batches to make, as the sampler of a `DataLoader`; without a reference to the loader, so that no cycle
+    keeps its workers.
 
-    def __init__(self, epoch: Tensor) -> None:
-        self.epoch = epoch
-        self.shift = 0  # from Lightning's count of epochs to ours
+    Attributes:
+        start: Where the next iteration goes on; from the beginning of its epoch when unset.
+        begun: Where the current iteration began.
+        ahead: Progress after each batch that was handed to a worker and is not delivered yet.
+    """
+
+    def __init__(self, reader: ShardReader) -> None:
+        self.reader = reader
+        self.start: Progress | None = None
+        self.begun = Progress()
+        self.ahead: deque[Progress] = deque()
+        self._epoch, self._shift = 0, 0  # the latter from Lightning's count of epochs to ours
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch.fill_(epoch + self.shift)
+        self._epoch = epoch + self._shift
+
+    def begin(self) -> None:
+        """Settle where the next iteration begins."""
+        if self.start is not None:
+            # Lightning counts a stopped epoch as finished, or twice; the state knows which epoch comes next.
+            self._shift += self.start.epoch - self._epoch
+            self._epoch = self.start.epoch
+        self.begun, self.start = self.start or Progress(self._epoch), None
+
+    def is_last(self, progress: Progress) -> bool:
+        """Whether no batch of its epoch comes after it."""
+        if self.reader.total is None:
+            return False
+        left = self.reader.total - progress.position + len(progress.pending)
+        return left < (self.reader.batch_size * self.reader.world_size if self.reader.drop_last else 1)
+
+    def __iter__(self) -> Iterator[Task]:
+        self.ahead.clear()
+        for task, progress in self.reader.tasks(self.begun):
+            self.ahead.append(progress)
+            yield task
 
 
 def _as_it_is(delivery: Delivery) -> Delivery:

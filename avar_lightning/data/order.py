@@ -1,111 +1,190 @@
-"""Who reads which samples, and in what order they come from the shards.
+"""The order of an epoch's samples, and the batches that are cut from it.
 
-A reader is one worker of one rank. The samples of all shards stand in a circle, and every reader owns one
-arc of it: shards are opened where they are needed, no reader starves when there are fewer shards than
-readers, and every rank makes the same number of batches.
+Both depend on the seed and the epoch, and on nothing about who reads: neither on processes nor on workers. So a run
+can go on with others, and still sees every sample once.
 """
 
-import itertools
-from collections.abc import Iterator
+from __future__ import annotations
+
+import random
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
 
-import webdataset as wds
-
-from avar_lightning.data.sample import SampleError
-from avar_lightning.data.shards import Shard
-
-Raw = dict[str, Any] | SampleError  # the files of one sample, or why there are none
+Place = tuple[int, int]  # number of the shard, and of the sample in it
 
 
 @dataclass(frozen=True)
-class Arc:
-    """One reader's share of an epoch.
+class Progress:
+    """How far an epoch has come.
 
     Attributes:
-        start: Position of its first sample in the circle.
-        num_samples: Samples that it owns.
-        num_batches: Batches that it makes of them.
+        epoch: Number of the epoch.
+        position: Samples of its order that have been dealt out.
+        pending: Positions among these that are in no batch yet, in the order in which they will be.
     """
 
-    start: int
-    num_samples: int
-    num_batches: int
+    epoch: int = 0
+    position: int = 0
+    pending: tuple[int, ...] = ()
 
 
-def batches_per_rank(total: int, batch_size: int, *, world_size: int = 1, drop_last: bool = False) -> int:
-    """Number of batches that every rank makes of ``total`` samples.
+class EpochOrder:
+    """Where the samples of an epoch are, first to last.
 
-    >>> batches_per_rank(10, 4), batches_per_rank(10, 4, drop_last=True)
+    Shuffled, shards come in random order, the samples of all of them stand in a circle that begins anywhere, and each
+    stretch of `window` samples is permuted: reading stays among a few shards at a time.
+
+    Args:
+        sizes: Samples of each shard; None where that is not known before it is opened.
+        seed: Of the order, together with the epoch.
+        epoch: Number of the epoch.
+        shuffle: Whether there is an order of its own for each epoch; else that of the shards.
+        window: Neighbouring samples that are permuted among themselves.
+        size_of: Opens a shard of unknown size and counts its samples.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int | None],
+        *,
+        seed: int = 0,
+        epoch: int = 0,
+        shuffle: bool = False,
+        window: int = 0,
+        size_of: Callable[[int], int] | None = None,
+    ) -> None:
+        self.seed, self.epoch, self.window = seed, epoch, window if shuffle else 0
+        self._sizes, self._size_of = list(sizes), size_of
+        self.shards = list(range(len(sizes)))
+        self._ends: list[int] = []  # in the order of `shards`, as far as they are known
+        self._turn = 0
+        self._blocks: dict[int, list[int]] = {}
+        rng = random.Random(f"{seed}/{epoch}")
+        if shuffle:
+            rng.shuffle(self.shards)
+        if None not in self._sizes:
+            self._reach(None)
+            # Mixes what stands together anew each epoch, also where there is a single shard.
+            self._turn = rng.randrange(self._ends[-1]) if shuffle and self._ends[-1] else 0
+
+    def has(self, position: int) -> bool:
+        """Whether the epoch has so many samples."""
+        return self._reach(position) > position
+
+    def place(self, position: int) -> Place:
+        """Shard and number of the sample at a position.
+
+        Raises:
+            IndexError: The epoch has fewer samples.
+        """
+        if not self.has(position):
+            raise IndexError(f"position {position} in an epoch of {self._ends[-1]} samples")
+        if self.window > 1:
+            block = position // self.window
+            position = self._block(block)[position - block * self.window]
+        if self._turn:
+            position = (position + self._turn) % self._ends[-1]
+        index = bisect_right(self._ends, position)
+        return self.shards[index], position - (self._ends[index - 1] if index else 0)
+
+    def shards_around(self, position: int, ahead: int = 0) -> list[int]:
+        """Shards that hold the window of a position, or one that comes so many windows after it."""
+        window = self.window_of(position + ahead * max(self.window, 1))
+        return list(dict.fromkeys(self.place(p)[0] for p in window))
+
+    def window_of(self, position: int) -> range:
+        """Positions that are permuted together with one."""
+        size = max(self.window, 1)
+        first = position // size * size
+        return range(first, min(first + size, self._reach(first + size - 1)))
+
+    def _block(self, number: int) -> list[int]:
+        """Positions of one window, permuted."""
+        if number not in self._blocks:
+            if len(self._blocks) > 2:
+                self._blocks.pop(next(iter(self._blocks)))
+            block = list(self.window_of(number * self.window))
+            random.Random(f"{self.seed}/{self.epoch}/{number}").shuffle(block)
+            self._blocks[number] = block
+        return self._blocks[number]
+
+    def _reach(self, position: int | None) -> int:
+        """Samples that are known of, once shards up to a position (or all) have been counted."""
+        while len(self._ends) < len(self.shards) and (position is None or not self._ends or self._ends[-1] <= position):
+            shard = self.shards[len(self._ends)]
+            size = self._sizes[shard]
+            if size is None:
+                assert self._size_of is not None
+                size = self._sizes[shard] = self._size_of(shard)
+            self._ends.append((self._ends[-1] if self._ends else 0) + size)
+        return self._ends[-1] if self._ends else 0
+
+
+def num_batches(total: int, size: int, *, drop_last: bool = False) -> int:
+    """Batches of `size` that an epoch has, over all processes.
+
+    >>> num_batches(10, 4), num_batches(10, 4, drop_last=True)
     (3, 2)
     """
-    return total // world_size // batch_size if drop_last else -(-total // (world_size * batch_size))
+    return total // size if drop_last else -(-total // size)
 
 
-def split_samples(
-    total: int,
-    batch_size: int,
+def cut_batches(
+    order: EpochOrder,
+    size: int,
     *,
-    rank: int = 0,
-    world_size: int = 1,
-    worker: int = 0,
-    num_workers: int = 1,
+    start: Progress | None = None,
     drop_last: bool = False,
-) -> Arc:
-    """The arc of one reader: ranks differ by one sample at most, and only the last reader has a short batch.
+    group: int = 0,
+    length_of: Callable[[int], float] | None = None,
+) -> Iterator[tuple[list[int], Progress]]:
+    """Positions of each batch of all processes together, with the progress after it.
 
-    >>> [split_samples(10, 4, worker=worker, num_workers=2) for worker in (0, 1)]
-    [Arc(start=0, num_samples=8, num_batches=2), Arc(start=8, num_samples=2, num_batches=1)]
+    Args:
+        order: Of the epoch.
+        size: Samples a batch, over all processes.
+        start: Where to go on; from the beginning when unset.
+        drop_last: Leave out a short last batch.
+        group: Neighbouring samples that are sorted by length to make batches of similar ones, which then come in
+            random order; 0 for none.
+        length_of: Length of the sample at a position, for sorting.
     """
-    batches = batches_per_rank(total, batch_size, world_size=world_size, drop_last=drop_last)
-    start, stop = total * rank // world_size, total * (rank + 1) // world_size
-    first = worker * (batches // num_workers) + min(worker, batches % num_workers)
-    count = batches // num_workers + (worker < batches % num_workers)
-    begin = start + first * batch_size
-    end = min(begin + count * batch_size, stop)
-    return Arc(begin, max(end - begin, 0), count)
+    progress = start or Progress(order.epoch)
+    position, pending = progress.position, list(progress.pending)
+    while True:
+        if len(pending) < size:
+            wanted = max(group // size, 1) * size - len(pending)
+            fresh = [p for p in range(position, position + wanted) if order.has(p)]
+            position += len(fresh)
+            pending += fresh
+            if group and length_of is not None:
+                pending = _sort_by_length(
+                    pending, size, length_of, random.Random(f"{order.seed}/{order.epoch}+{position}")
+                )
+            if not pending or (drop_last and len(pending) < size):
+                return
+        batch, pending = pending[:size], pending[size:]
+        yield batch, Progress(order.epoch, position, tuple(pending))
 
 
-def read_shard(shard: Shard, first: int = 0) -> Iterator[Raw]:
-    """Yield the samples of one shard from number ``first``, undecoded, in the order of the tar.
+def share_of(batch: Sequence[int], rank: int, world_size: int) -> list[int]:
+    """What one process reads of a batch; of a short last one as much as the others, or one less.
 
-    Where the count is known exactly that many items come out: a :class:`SampleError` stands for every
-    sample that a missing, cut or damaged tar should have had.
+    >>> [share_of([4, 5, 6, 7, 8], rank, 2) for rank in (0, 1)]
+    [[4, 5], [6, 7, 8]]
     """
-    problems: list[Exception] = []
-
-    def note(error: Exception) -> bool:
-        problems.append(error)
-        return True
-
-    index = -1
-    files = wds.tariterators.url_opener([{"url": shard.url}], handler=note)
-    files = wds.tariterators.tar_file_expander(files, handler=note)
-    for index, raw in enumerate(wds.tariterators.group_by_keys(files, handler=note)):
-        if index >= first and (shard.samples is None or index < shard.samples):
-            yield raw
-    found, reason = index + 1, f" ({problems[0]})" if problems else ""
-    missing = int(bool(problems)) if shard.samples is None else shard.samples - max(found, first)
-    for _ in range(missing):
-        expected = "" if shard.samples is None else f" of {shard.samples}"
-        yield SampleError(f"{shard.url}: the shard breaks off after {found}{expected} sample(s){reason}")
+    first, last = len(batch) * rank // world_size, len(batch) * (rank + 1) // world_size
+    return list(batch[first:last])
 
 
-def read_circle(shards: list[Shard], position: int) -> Iterator[Raw]:
-    """All samples of shards of known size from ``position``, round and round."""
-    sizes = [shard.samples or 0 for shard in shards]
-    position %= sum(sizes)
-    index = 0
-    while position >= sizes[index]:
-        position -= sizes[index]
-        index += 1
-    for shard in itertools.islice(itertools.cycle(shards), index, None):
-        yield from read_shard(shard, position)
-        position = 0
-
-
-def read_stripe(shards: list[Shard], worker: int, num_workers: int) -> Iterator[Raw]:
-    """One worker's part of shards of unknown size: whole shards, or every n-th sample where they are few."""
-    if len(shards) >= num_workers:
-        return itertools.chain.from_iterable(map(read_shard, shards[worker::num_workers]))
-    return itertools.islice(itertools.chain.from_iterable(map(read_shard, shards)), worker, None, num_workers)
+def _sort_by_length(
+    positions: list[int], size: int, length_of: Callable[[int], float], rng: random.Random
+) -> list[int]:
+    """Batches of similar lengths in random order; what does not fill one stays as it is, at the end."""
+    whole = len(positions) // size * size
+    ordered = iter(sorted(positions[:whole], key=length_of))
+    batches = [list(islice(ordered, size)) for _ in range(whole // size)]
+    rng.shuffle(batches)
+    return [position for batch in batches for position in batch] + positions[whole:]

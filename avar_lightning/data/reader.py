@@ -1,25 +1,41 @@
-"""Samples to batches: shuffle, decode, encode, group by length; and what happens to unusable samples.
+"""Places to batches: read, decode, encode, collate; and what happens to unusable samples.
 
-In training such a sample is replaced by one from beyond the reader's own arc, so that no rank comes up
-short and leaves the others waiting. In evaluation each sample is used once; only where a rank would make a
-batch less than the others is a sample used again, with ``"repeated": True`` in its columns.
+In training such a sample is replaced by another one of the epoch, drawn by its position, so that every batch is full
+on every process. In evaluation each sample is used once; only where a process would make no batch while others do, is
+a sample used again, with ``"repeated": True`` in its columns.
 """
 
-import itertools
+from __future__ import annotations
+
+import io
+import os
 import random
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-import webdataset as wds
-from torch.utils.data import IterableDataset, get_worker_info
+from PIL import Image
+from torch.utils.data import Dataset
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from avar_lightning.data.collate import Encoded, SampleEncoder, TooLong
-from avar_lightning.data.order import Arc, Raw, batches_per_rank, read_circle, read_stripe, split_samples
+from avar_lightning.data.fetching import ShardCache
+from avar_lightning.data.order import EpochOrder, Place, Progress, cut_batches, num_batches, share_of
 from avar_lightning.data.sample import SampleError, parse_sample
-from avar_lightning.data.shards import Shard
+from avar_lightning.data.shards import Shard, is_remote
+from avar_lightning.data.tars import Raw, ShardFile
+
+MAX_OPEN = 64  # shards that a process keeps open
+MAX_DRAWS = 200  # samples that are tried in place of an unusable one
+
+
+@dataclass(frozen=True)
+class Task:
+    """One batch to make: positions of its samples in an epoch."""
+
+    epoch: int
+    positions: list[int]
 
 
 @dataclass
@@ -27,8 +43,8 @@ class Delivery:
     """What a reader hands to the main process: a batch, and what happened on the way to it.
 
     Attributes:
-        batch: The collated batch, or ``None`` when only news is sent.
-        seen: Samples read since the last delivery.
+        batch: The collated batch, or ``None`` where none of its samples can be used.
+        seen: Samples read for it.
         bad: Messages about those that could not be used.
         too_long: Messages about those that are longer than ``max_length``.
         failure: Why the reader cannot go on.
@@ -40,31 +56,32 @@ class Delivery:
     too_long: list[str] = field(default_factory=list)
     failure: str = ""
 
-    def pin_memory(self) -> "Delivery":
+    def pin_memory(self) -> Delivery:
         """The same with its tensors in page-locked memory; DataLoader asks for it by this name."""
         return replace(self, batch=pin_memory(self.batch))
 
 
-class ShardReader(IterableDataset[Delivery]):
-    """Read, shuffle, decode, encode and batch the samples of one reader's arc.
+class ShardReader(Dataset[Delivery]):
+    """Make the batches of one process.
 
     Args:
-        shards: All shards of the data set, the same list on every rank.
+        shards: All shards of the data set, the same list on every process.
         encoder: Makes tensors of one sample.
         collator: Makes a batch of them.
-        batch_size: Samples a batch.
+        batch_size: Samples a batch of this process.
         train: Shuffle, and replace unusable samples; otherwise keep the order and use each sample once.
         rank: This process among those that read different data.
         world_size: Number of these processes.
         seed: Of the order, together with the epoch.
-        shuffle_buffer: Undecoded samples among which the next one is drawn (training).
-        length_group_buffer: Encoded samples sorted by length to make batches with little padding
-            (training); 0: off.
+        shuffle_window: Neighbouring samples that are permuted (training).
+        length_group: Neighbouring samples, over all processes, that are sorted by length to make batches with little
+            padding (training); 0: off.
         drop_last: Leave out the last, short batch (training).
         cache_encoded: Keep encoded samples in memory.
+        cache: Where remote shards go.
 
     Raises:
-        ValueError: When several ranks are to share shards of unknown size, or there is not one batch.
+        ValueError: When several processes are to share shards of unknown size, or there is not one batch.
     """
 
     def __init__(
@@ -78,21 +95,23 @@ class ShardReader(IterableDataset[Delivery]):
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
-        shuffle_buffer: int = 1000,
-        length_group_buffer: int = 0,
+        shuffle_window: int = 10_000,
+        length_group: int = 0,
         drop_last: bool = False,
         cache_encoded: bool = False,
+        cache: ShardCache | None = None,
     ) -> None:
-        super().__init__()
         counts = [shard.samples for shard in shards if shard.samples is not None]
         self.total = sum(counts) if len(counts) == len(shards) else None
         self.shards, self.encoder, self.collator = shards, encoder, collator
         self.batch_size, self.train, self.rank, self.world_size = batch_size, train, rank, world_size
-        self.seed, self.shuffle_buffer = seed, shuffle_buffer if train else 0
-        self.group_size = max(length_group_buffer // batch_size, 1) * batch_size if train else batch_size
-        self.drop_last = drop_last and train
-        self.cache: dict[tuple[str, str], Encoded] | None = {} if cache_encoded else None
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers outlive an epoch
+        self.seed, self.shuffle_window = seed, shuffle_window if train else 0
+        self.length_group, self.drop_last = length_group if train else 0, drop_last and train
+        self.encoded: dict[Place, Encoded] | None = {} if cache_encoded else None
+        self.cache = cache or ShardCache()
+        self._files: OrderedDict[int, ShardFile | SampleError] = OrderedDict()
+        self._order: EpochOrder | None = None
+        self._window = -1  # whose successor is being fetched
         if self.total is None and world_size > 1:
             raise ValueError(
                 f"the {len(shards)} shard(s) from {shards[0].url} are of unknown size, so "
@@ -107,99 +126,186 @@ class ShardReader(IterableDataset[Delivery]):
 
     @property
     def num_batches(self) -> int | None:
-        """Batches of this rank in one epoch, ``None`` when the shards' sizes are unknown."""
-        if self.total is None:
-            return None
-        return batches_per_rank(self.total, self.batch_size, world_size=self.world_size, drop_last=self.drop_last)
+        """Batches of every process in one epoch, ``None`` when the shards' sizes are unknown."""
+        size = self.batch_size * self.world_size
+        return None if self.total is None else num_batches(self.total, size, drop_last=self.drop_last)
 
-    def __iter__(self) -> Iterator[Delivery]:
-        info = get_worker_info()
-        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        shared = random.Random(f"{self.seed} {int(self.epoch)}")  # the same on every reader
-        own = random.Random(f"{self.seed} {int(self.epoch)} {self.rank} {worker}")
-        shards = shared.sample(self.shards, len(self.shards)) if self.train else self.shards
-        arc: Arc | None = None
-        if self.total is None:
-            mine = rest = read_stripe(shards, worker, num_workers)
-        else:
-            arc = split_samples(
-                self.total,
-                self.batch_size,
-                rank=self.rank,
-                world_size=self.world_size,
-                worker=worker,
-                num_workers=num_workers,
-                drop_last=self.drop_last,
+    @property
+    def order_key(self) -> dict[str, Any]:
+        """What the order of an epoch depends on."""
+        return {"samples": self.total, "seed": self.seed, "shuffle_window": self.shuffle_window}
+
+    def order(self, epoch: int) -> EpochOrder:
+        """The order of an epoch, the same on every process and worker."""
+        if self._order is None or self._order.epoch != epoch:
+            sizes = [shard.samples for shard in self.shards]
+            self._order = EpochOrder(
+                sizes,
+                seed=self.seed,
+                epoch=epoch,
+                shuffle=self.train,
+                window=self.shuffle_window,
+                size_of=self._count,
             )
-            if arc.num_batches == 0:
-                return
-            # Turning the circle mixes arcs anew each epoch, also where there is a single shard.
-            rest = read_circle(shards, arc.start + (shared.randrange(self.total) if self.train else 0))
-            mine = itertools.islice(rest, arc.num_samples)
-        if self.shuffle_buffer:
-            mine = wds.shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, rng=own)(mine)
-        # `rest` goes on where `mine` ends; where the total is unknown nothing is left by then.
-        stream = itertools.chain(((raw, False) for raw in mine), ((raw, True) for raw in rest))
-        yield from self._batches(stream, arc, own)
+            self._window = -1
+        return self._order
 
-    def _batches(self, stream: Iterator[tuple[Raw, bool]], arc: Arc | None, rng: random.Random) -> Iterator[Delivery]:
-        news = Delivery()
-        group: list[Encoded] = []
-        made = 0
-        needed = self._samples_needed(arc)
-        for index, (raw, extra) in enumerate(stream):
-            if extra and made >= needed:
-                break
-            if arc is not None and not made and index > arc.num_samples + (self.total or 0):
-                yield Delivery(failure=f"none of the {self.total} samples from {self.shards[0].url} can be used")
-                return
-            news.seen += 1
-            try:
-                group.append(self._encode(raw, repeated=extra and not self.train))
-                made += 1
-            except TooLong as error:
-                news.too_long.append(str(error))
-            except SampleError as error:
-                news.bad.append(str(error))
-                yield news  # at once: too many of them must stop the run, also where no batch comes of it
-                news = Delivery()
-            if len(group) == self.group_size:
-                for batch in self._cut(group, rng):
-                    news.batch = batch
-                    yield news
-                    news = Delivery()
-                group = []
-        for batch in self._cut(group, rng):
-            news.batch = batch
-            yield news
-            news = Delivery()
-        if news.seen:
-            yield news
+    def tasks(self, start: Progress) -> Iterator[tuple[Task, Progress]]:
+        """The batches of an epoch that this process makes, with the progress of all after each."""
+        order = self.order(start.epoch)
+        batches = cut_batches(
+            order,
+            self.batch_size * self.world_size,
+            start=start,
+            drop_last=self.drop_last,
+            group=self.length_group,
+            length_of=lambda position: self.length(order.place(position)),
+        )
+        for batch, progress in batches:
+            yield Task(start.epoch, share_of(batch, self.rank, self.world_size)), progress
 
-    def _samples_needed(self, arc: Arc | None) -> int:
-        """Usable samples that this reader must make, going beyond its own arc for them if need be."""
-        if arc is None:
-            return 0
-        least = (arc.num_batches - 1) * self.batch_size + 1  # the fewest that make its number of batches
-        if self.train:
-            return max(arc.num_samples, least)
-        return least if self.world_size > 1 else 0
+    def __getitem__(self, task: Task) -> Delivery:
+        """Make one batch."""
+        order, news = self.order(task.epoch), Delivery()
+        self._fetch_ahead(order, task.positions)
+        # A process that gets nothing of a short last batch takes part all the same.
+        positions = task.positions or ([0] if self.train else [])
+        group = []
+        for position in positions:
+            encoded = self._encode(order.place(position), news)
+            if encoded is None and self.train:
+                encoded = self._draw(order, position, news)
+            if news.failure:
+                return news
+            group += [encoded] if encoded is not None else []
+        if not group and self.world_size > 1:
+            group = self._filling(order, news)
+        news.batch = self.collator(group) if group else None
+        return news
 
-    def _encode(self, raw: Raw, *, repeated: bool) -> Encoded:
-        if isinstance(raw, SampleError):
-            raise raw
-        name = (raw["__url__"], raw["__key__"])
-        encoded = self.cache.get(name) if self.cache is not None else None
-        if encoded is None:
+    def length(self, place: Place) -> float:
+        """About how many tokens a sample has, from its headers alone: its text's bytes and its images' sizes."""
+        shard = self._opened(place[0])
+        if isinstance(shard, SampleError) or place[1] >= len(shard.index.samples):
+            return 0.0
+        _, files = shard.index.samples[place[1]]
+        sizes = []
+        for name, (offset, size) in files.items():
+            if name != "json":
+                try:
+                    with Image.open(_Slice(shard, offset, size)) as image:  # type: ignore[arg-type]
+                        sizes.append((image.height, image.width))
+                except Exception:  # Pillow's plugins raise anything; who reads the sample will say what is wrong
+                    return 0.0
+        return files.get("json", (0, 0))[1] / 4 + self.encoder.image_tokens(sizes)
+
+    def _encode(self, place: Place, news: Delivery, *, again: bool = False) -> Encoded | None:
+        """One sample as tensors; None, with the reason among the news, where it cannot be used."""
+        news.seen += not again
+        encoded = self.encoded.get(place) if self.encoded is not None else None
+        if encoded is not None:
+            return encoded
+        try:
+            raw = self._read(place)
+            if isinstance(raw, SampleError):
+                raise raw
             encoded = self.encoder(parse_sample(raw))
-            if self.cache is not None:
-                self.cache[name] = encoded
-        return encoded.marked_repeated() if repeated else encoded
+        except TooLong as error:
+            news.too_long += [] if again else [str(error)]
+        except SampleError as error:
+            news.bad += [] if again else [str(error)]
+        if self.encoded is not None and encoded is not None:
+            self.encoded[place] = encoded
+        return encoded
 
-    def _cut(self, group: list[Encoded], rng: random.Random) -> Iterator[dict[str, Any]]:
-        """Cut a group into batches of similar lengths, in random order; a single batch keeps its order."""
-        if len(group) > self.batch_size:
-            group = sorted(group, key=len)
-        batches = [group[i : i + self.batch_size] for i in range(0, len(group), self.batch_size)]
-        rng.shuffle(batches)
-        return map(self.collator, batches)
+    def _draw(self, order: EpochOrder, position: int, news: Delivery) -> Encoded | None:
+        """Another sample in place of an unusable one, the same whoever reads; first from the same window."""
+        rng = random.Random(f"{order.seed}/{order.epoch}/{position}: another")
+        window = order.window_of(position)
+        for draw in range(MAX_DRAWS):
+            near = len(window) > 1 and draw < MAX_DRAWS // 2
+            other = rng.choice(window) if near else rng.randrange(self.total or position + 1)
+            encoded = self._encode(order.place(other), news, again=True)
+            if encoded is not None:
+                return encoded
+        what = (news.bad + news.too_long)[-1:] or ["see the log"]
+        news.failure = f"none of {MAX_DRAWS} others drawn in its place can be used either: {what[0]}"
+        return None
+
+    def _filling(self, order: EpochOrder, news: Delivery) -> list[Encoded]:
+        """The first usable sample, for a process that would leave the others waiting."""
+        position = 0
+        while order.has(position):
+            encoded = self._encode(order.place(position), news, again=True)
+            if encoded is not None:
+                return [encoded.marked_repeated()]
+            position += 1
+        news.failure = f"none of the {self.total} samples can be used"
+        return []
+
+    def _read(self, place: Place) -> Raw:
+        shard = self._opened(place[0])
+        return shard if isinstance(shard, SampleError) else shard.read(place[1])
+
+    def _opened(self, index: int) -> ShardFile | SampleError:
+        """A shard, kept open; an error for each of its samples where it is not to be had."""
+        if index in self._files:
+            self._files.move_to_end(index)
+            return self._files[index]
+        shard = self.shards[index]
+        try:
+            found: ShardFile | SampleError = ShardFile(self.cache.path(shard), shard.url, shard.samples)
+        except OSError as error:
+            if shard.samples is None:
+                raise RuntimeError(f"{shard.url} cannot be read ({error}); without it the epoch has no end") from error
+            found = SampleError(f"{shard.url}: {error}")
+        self._files[index] = found
+        if len(self._files) > MAX_OPEN:
+            self._files.popitem(last=False)
+        return found
+
+    def _count(self, index: int) -> int:
+        shard = self._opened(index)
+        assert isinstance(shard, ShardFile)  # one of unknown size that is not to be had is an error
+        return len(shard)
+
+    def _fetch_ahead(self, order: EpochOrder, positions: list[int]) -> None:
+        """Have the remote shards of the next window come while this one is read."""
+        if not positions or not any(is_remote(shard.url) for shard in self.shards):
+            return
+        window = positions[0] // max(order.window, 1)
+        if window > self._window:
+            self._window = window
+            wanted = order.shards_around(positions[0]) + order.shards_around(positions[0], ahead=1)
+            self.cache.fetch_ahead([self.shards[index] for index in dict.fromkeys(wanted)])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": OrderedDict(), "_order": None}  # open files stay in their process
+
+
+class _Slice(io.RawIOBase):
+    """Part of a shard as a file, of which only what is asked for is read."""
+
+    def __init__(self, shard: ShardFile, offset: int, size: int) -> None:
+        super().__init__()
+        self._shard, self._offset, self._size, self._at = shard, offset, size, 0
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(self._size - self._at, 0)
+        size = left if size is None or size < 0 else min(size, left)
+        found = self._shard.bytes_of(self._offset + self._at, size)
+        self._at += size
+        return found
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True

@@ -9,14 +9,17 @@ import glob
 import json
 import logging
 import re
-import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin
 
 import braceexpand
-import webdataset as wds
+import httpx2
+from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+
+from avar_lightning.data.tars import index_tar
 
 log = logging.getLogger(__name__)
 
@@ -26,10 +29,20 @@ _REMOTE = re.compile(r"pipe:|[a-z][a-z0-9+]*://")
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard: where it is, and how many samples it holds (``None``: unknown until it is read)."""
+    """One shard: where it is, how many samples it holds, its size and its checksum.
+
+    ``None`` for what nobody said; the samples of such a shard are counted when it is opened.
+    """
 
     url: str
     samples: int | None = None
+    bytes: int | None = None
+    sha256: str | None = None
+
+
+def is_remote(url: str) -> bool:
+    """Whether a shard has to be fetched before any sample of it can be read."""
+    return _REMOTE.match(url) is not None
 
 
 def expand_urls(spec: str | Path | Sequence[str | Path]) -> list[str]:
@@ -57,8 +70,8 @@ def find_shards(spec: str | Path | Sequence[str | Path], *, count: bool = True) 
     if not isinstance(spec, str | Path):
         return [shard for item in spec for shard in find_shards(item, count=count)]
     text = str(spec)
-    if text.endswith(MANIFEST) and Path(text).is_file():
-        return _shards_of_manifest(Path(text))
+    if text.endswith(MANIFEST) and (is_remote(text) or Path(text).is_file()):
+        return _shards_of_manifest(text)
     urls = [url for pattern in braceexpand.braceexpand(text) for url in _expand_pattern(pattern, spec=text)]
     if not count:
         return [Shard(url) for url in urls]
@@ -67,7 +80,7 @@ def find_shards(spec: str | Path | Sequence[str | Path], *, count: bool = True) 
 
 
 def _expand_pattern(pattern: str, *, spec: str) -> list[str]:
-    if _REMOTE.match(pattern):
+    if is_remote(pattern):
         return [pattern]
     path = Path(pattern).expanduser()
     if path.is_dir():
@@ -84,14 +97,45 @@ def _expand_pattern(pattern: str, *, spec: str) -> list[str]:
     return found
 
 
-def _shards_of_manifest(path: Path) -> list[Shard]:
-    entries = json.loads(path.read_text())["shards"]
-    names = [(entry["name"], int(entry["samples"])) for entry in entries]
-    return [Shard(n if _REMOTE.match(n) else str(path.parent / n), samples) for n, samples in names]
+def _shards_of_manifest(name: str) -> list[Shard]:
+    """Shards beside a manifest, or where it says."""
+    text = _download(name) if is_remote(name) else Path(name).read_text()
+    try:
+        entries = json.loads(text)["shards"]
+        return [
+            Shard(_beside(name, entry["name"]), int(entry["samples"]), entry.get("bytes"), entry.get("sha256"))
+            for entry in entries
+        ]
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} is no manifest ({type(error).__name__}: {error}), expected "
+            '{"shards": [{"name": …, "samples": …}, …]}; write it again with avar convert or ShardWriter'
+        ) from error
+
+
+def _beside(manifest: str, name: str) -> str:
+    if is_remote(name):
+        return name
+    return urljoin(manifest, name) if is_remote(manifest) else str(Path(manifest).parent / name)
+
+
+@retry(
+    retry=retry_if_exception_type(httpx2.TransportError),
+    stop=stop_after_attempt(5),
+    wait=wait_random_exponential(multiplier=0.2, max=10),
+    reraise=True,
+)
+def _download(url: str) -> str:
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"{url}: a manifest is read from a folder, http:// or https://; copy it to one of these")
+    answer = httpx2.get(url, follow_redirects=True)
+    if answer.status_code >= 400:
+        raise FileNotFoundError(f"{url} answered with status {answer.status_code}; expected a {MANIFEST}")
+    return answer.text
 
 
 def _count_samples(url: str, manifests: dict[Path, dict[str, Any]]) -> int | None:
-    if _REMOTE.match(url):
+    if is_remote(url):
         return None
     path = Path(url)
     if path.parent not in manifests:
@@ -103,21 +147,5 @@ def _count_samples(url: str, manifests: dict[Path, dict[str, Any]]) -> int | Non
         if entry.get("bytes") in (None, path.stat().st_size):
             return int(entry["samples"])
         log.warning("%s is not the file that its %s lists; counting its samples again", url, MANIFEST)
-    return _count_headers(path)
-
-
-def _count_headers(path: Path) -> int:
-    """Count samples by tar headers, grouped as the reader groups them."""
-    count, previous = 0, None
-    try:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                key, suffix = wds.tariterators.base_plus_ext(member.name)
-                if member.isfile() and suffix is not None and not member.name.startswith("__"):
-                    count, previous = count + (key != previous), key
-            assert tar.fileobj is not None
-            tar.fileobj.seek(tar.offset)
-            ends_well = tar.fileobj.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-    except (tarfile.TarError, EOFError, OSError):
-        ends_well = False
-    return count if ends_well else count + 1
+    index = index_tar(path)
+    return len(index.samples) + bool(index.problem)

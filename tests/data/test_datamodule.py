@@ -101,10 +101,10 @@ def test_what_was_left_out_is_said_at_the_end(tmp_path: Path, processor: Process
         train=path, processor=processor, batch_size=8, num_workers=0, max_length=60, max_bad_fraction=0.5
     )
     with pytest.warns(
-        UserWarning, match=r"train data: of 10 samples .* 1 were bad and skipped, 1 longer than max_length=60"
+        UserWarning, match=r"train data: of 8 samples .* 1 were bad and skipped, 1 longer than max_length=60"
     ):
         fit(tmp_path, data, max_epochs=1)
-    assert data.counts["train"] == {"seen": 10, "bad": 1, "too_long": 1}
+    assert data.counts["train"] == {"seen": 8, "bad": 1, "too_long": 1}
 
 
 def test_predict_reads_in_order(tmp_path: Path, shards: Callable[..., str], processor: ProcessorMixin):
@@ -131,7 +131,7 @@ def test_missing_shards_name_the_setting(processor: ProcessorMixin, stage: str):
     [
         ({"batch_size": 0}, "batch_size is 0; expected at least 1"),
         ({"val_batch_size": 0}, "val_batch_size is 0; expected at least 1"),
-        ({"shuffle_buffer": -1}, "shuffle_buffer is -1; expected at least 0"),
+        ({"shuffle_window": -1}, "shuffle_window is -1; expected at least 0"),
         ({"num_workers": -1}, "num_workers is -1; expected at least 0"),
         ({"max_bad_fraction": 2.0}, r"max_bad_fraction is 2.0; expected a share in \[0, 1\]"),
     ],
@@ -147,5 +147,10 @@ def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         parser.parse_args(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for phrase in ("Shards to train on", "Most tokens of a sample", "Share of corrupt samples", "Undecoded samples"):
+    for phrase in (
+        "Shards to train on",
+        "Most tokens of a sample",
+        "Share of corrupt samples",
+        "Neighbouring training samples",
+    ):
         assert phrase in text

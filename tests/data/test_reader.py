@@ -7,7 +7,7 @@ import random
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,18 @@ def indices(batches: Any) -> list[list[int]]:
     return [[columns["index"] for columns in batch["columns"]] for batch in batches]
 
 
+def flattened(parts: Iterable[list[int]]) -> list[int]:
+    return [index for part in parts for index in part]
+
+
 def flat(batches: Any) -> list[int]:
-    return [index for batch in indices(batches) for index in batch]
+    return flattened(indices(batches))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("size", [2, 100])
 def test_each_sample_comes_once_an_epoch(shards: Callable[..., str], build: Build, num_workers: int, size: int):
-    loader = build(shards(11, size), num_workers=num_workers, shuffle_buffer=4)
+    loader = build(shards(11, size), num_workers=num_workers, shuffle_window=4)
     first = list(loader)
     assert len(first) == len(loader) == 6
     assert sorted(flat(first)) == list(range(11))
@@ -86,7 +90,7 @@ def test_ranks_make_equal_numbers_of_batches(
     """Also when shards are fewer than readers, and when samples are bad or too long on one rank only."""
     folder = shards(17, -(-17 // num_shards), words=lambda index: 40 if index in (1, 2, 5) else 3)
     loaders = [
-        build(folder, rank=rank, world_size=2, num_workers=2, max_length=60, drop_last=drop_last, shuffle_buffer=3)
+        build(folder, rank=rank, world_size=2, num_workers=2, max_length=60, drop_last=drop_last, shuffle_window=3)
         for rank in range(2)
     ]
     for epoch in range(2):
@@ -106,14 +110,15 @@ def test_ranks_evaluate_each_sample_once_and_mark_what_fills_up(shards: Callable
     columns = []
     for rank in range(2):
         batches = list(build(folder, train=False, rank=rank, world_size=2, batch_size=4))
-        assert len(batches) == 2  # the first rank owns four samples, and makes a second batch of a fifth
+        assert len(batches) == 2
         for batch in batches:
             columns += batch["columns"]
             counts = [not column.get("repeated") for column in batch["columns"]]
             assert (batch["labels"] != IGNORE).any(1).tolist() == counts  # what fills up has no loss
             assert batch["role_ids"].bool().any(1).tolist() == counts  # and no score
     assert sorted(c["index"] for c in columns if "repeated" not in c) == list(range(9))
-    assert [c["index"] for c in columns if c.get("repeated")] == [4]
+    # The last batch has one sample for two processes: the first has nothing of it, and repeats the first it can use.
+    assert [c["index"] for c in columns if c.get("repeated")] == [0]
 
 
 def test_one_rank_evaluates_nothing_twice(shards: Callable[..., str], build: Build):
@@ -141,7 +146,7 @@ def test_length_groups_pad_less(shards: Callable[..., str], build: Build):
         masks = [batch["attention_mask"] for batch in batches]
         return 1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
 
-    plain, grouped = padding(), padding(length_group_buffer=32)
+    plain, grouped = padding(), padding(length_group=32)
     assert plain > 0.25
     assert grouped < plain / 3
 
@@ -234,7 +239,66 @@ def test_resuming_goes_on_with_the_next_batch(shards: Callable[..., str], build:
     resumed.set_epoch(3)
     assert indices(resumed) == expected[2:]
     assert indices(resumed) == expected  # once
-    assert resumed.state_dict() == {"epoch": 4, "batches": 0}
+    state = resumed.state_dict()
+    assert (state["epoch"], state["position"], state["pending"]) == (4, 0, ())
+
+
+@pytest.mark.parametrize("options", [{}, {"length_group": 12}])
+def test_who_reads_changes_nothing(shards: Callable[..., str], build: Build, options: dict[str, Any]):
+    """Each batch of all processes together is the same, with any number of processes and of workers."""
+    folder = shards(25, 4, words=lambda index: 1 + index * 7 % 13)
+    expected = indices(build(folder, batch_size=6, **options))
+    for num_workers in (1, 3):
+        assert indices(build(folder, batch_size=6, num_workers=num_workers, **options)) == expected
+    for world_size in (2, 3):
+        size = 6 // world_size
+        ranks = [
+            indices(build(folder, batch_size=size, rank=rank, world_size=world_size, num_workers=rank, **options))
+            for rank in range(world_size)
+        ]
+        joined = list(map(flattened, zip(*ranks, strict=True)))
+        assert joined[:-1] == expected[:-1]
+        # The last one has a single sample; who gets nothing of it trains on another.
+        assert expected[-1][0] in joined[-1]
+        assert len(joined[-1]) == world_size
+
+
+@pytest.mark.parametrize("group", [0, 12])
+def test_a_run_may_go_on_with_others(shards: Callable[..., str], build: Build, group: int):
+    """With more processes, other batches and other workers, every sample of the epoch still comes once."""
+    folder = shards(48, 5, words=lambda index: 1 + index * 7 % 13)
+    options = {"seed": 3, "length_group": group}
+    first = iter(alone := build(folder, batch_size=2, num_workers=2, **options))
+    seen = flat([next(first) for _ in range(5)])
+    state = alone.state_dict()
+    for rank in range(2):
+        other = build(folder, batch_size=3, rank=rank, world_size=2, num_workers=rank, **options)
+        other.load_state_dict(state)
+        batches = iter(other)
+        seen += flat([next(batches) for _ in range(3)])
+    last = build(folder, batch_size=4, **options)
+    last.load_state_dict(other.state_dict())
+    seen += flat(last)
+    assert sorted(seen) == list(range(48))
+
+
+def test_what_replaces_an_unusable_sample_depends_on_nobody(shards: Callable[..., str], build: Build):
+    folder = shards(24, 5, words=lambda index: 40 if index % 5 == 0 else 3)
+    options = {"max_length": 60, "seed": 1}
+    alone = indices(build(folder, batch_size=4, **options))
+    assert [len(batch) for batch in alone] == [4] * 6
+    counts = Counter(flattened(alone))
+    assert set(counts) == {index for index in range(24) if index % 5}
+    assert sum(counts.values()) - len(counts) == 5
+    ranks = [indices(build(folder, batch_size=2, rank=rank, world_size=2, num_workers=2, **options)) for rank in (0, 1)]
+    assert list(map(flattened, zip(*ranks, strict=True))) == alone
+
+
+def test_a_position_in_other_data_is_refused(shards: Callable[..., str], build: Build):
+    state = build(shards(8), seed=1).state_dict()
+    for other in (build(shards(9, name="more"), seed=1), build(shards(8, name="same"), seed=2)):
+        with pytest.raises(ValueError, match=r"position in the train data belongs to .*restore them, or start a new"):
+            other.load_state_dict(state)
 
 
 def test_cached_samples_are_the_same_samples(shards: Callable[..., str], build: Build, monkeypatch: pytest.MonkeyPatch):

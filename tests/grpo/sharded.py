@@ -64,7 +64,7 @@ def main(folder, precision):
         callbacks=[Save(folder), CompletionsCallback(every_n_batches=1)],
         **quiet,
     )
-    options = {"num_train": 64, "num_val": 10, "num_workers": 0, "shuffle_buffer": 16}
+    options = {"num_train": 64, "num_val": 10, "num_workers": 0, "shuffle_window": 16}
     trainer.fit(module(), DemoDataModule(str(folder / "data"), train_prompts=True, batch_size=2, **options))
     trainer.save_checkpoint(folder / "saved.ckpt")
     trainer.lightning_module.save_pretrained(folder / "hf")
