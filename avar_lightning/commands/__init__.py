@@ -8,7 +8,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from avar_lightning.commands.convert import add_convert
 from avar_lightning.commands.sweep import add_sweep
+from avar_lightning.commands.synthesize import add_synthesize
 from avar_lightning.errors import told
 
 
@@ -19,7 +21,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="avar", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_sweep,):
+    for add in (add_convert, add_sweep, add_synthesize):
         add(commands)
     options = vars(parser.parse_args(args))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -104,7 +104,7 @@ def parse_sample(raw: Mapping[str, Any]) -> Sample:
         document = _load_json(files.pop("json", None))
         names = _image_names(files)
         check_messages(document.get("messages"), len(names))
-        images = [_decode_image(name, files[name]) for name in names]
+        images = [decode_image(f"KEY.{name}", files[name]) for name in names]
     except ValueError as error:
         raise SampleError(f"{shard}: sample {key!r}: {error}") from error
     known = {name: document.pop(name, None) for name in ("messages", "answer", "id", "source")}
@@ -167,7 +167,16 @@ def _image_names(files: Mapping[str, bytes]) -> list[str]:
     return [indices[index] for index in range(len(indices))]
 
 
-def _decode_image(name: str, value: bytes) -> Image.Image:
+def decode_image(name: str, value: bytes) -> Image.Image:
+    """Decode an image as every reader of shards does: upright, RGB, within Pillow's limit for decompression.
+
+    Args:
+        name: What a message calls it.
+        value: The encoded image.
+
+    Raises:
+        ValueError: When it cannot be decoded; its cause is Pillow's error.
+    """
     try:
         with warnings.catch_warnings():
             # Pillow only warns between its limit and twice that; such an image is refused as well.
@@ -175,7 +184,7 @@ def _decode_image(name: str, value: bytes) -> Image.Image:
             with Image.open(io.BytesIO(value)) as image:
                 return _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # Pillow's plugins raise anything from SyntaxError to struct.error on bad bytes
-        raise ValueError(f"image KEY.{name} cannot be decoded ({type(error).__name__}: {error})") from error
+        raise ValueError(f"image {name} cannot be decoded ({type(error).__name__}: {error})") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -16,6 +17,43 @@ from tqdm.auto import tqdm
 
 from avar_lightning.data.sample import Sample, SampleError, check_messages
 from avar_lightning.data.shards import MANIFEST
+
+
+class ShardFile:
+    """One shard on its way to disk; its size and checksum are known without reading it again.
+
+    Args:
+        path: The file that is written; give it its name once :meth:`close` has returned.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.samples = self.bytes = 0
+        self._hash = hashlib.sha256()
+        self._file = path.open("wb")
+        self._tar = wds.TarWriter(self, encoder=False, mtime=0, format="PAX_FORMAT")
+
+    def add(self, key: str, sample: Sample, files: Sequence[tuple[str, bytes]]) -> None:
+        """Append a sample that was checked; ``files`` are the suffix and the bytes of its images."""
+        document = {"messages": sample.messages, **sample.fields(), "id": sample.id or key}
+        record: dict[str, Any] = {"__key__": key, "json": json.dumps(document, ensure_ascii=False).encode()}
+        for index, (suffix, value) in enumerate(files):
+            record[f"{index}.{suffix}"] = value
+        self._tar.write(record)
+        self.samples += 1
+
+    def write(self, block: bytes) -> int:
+        """Take a block of the tar, as a file does."""
+        self._hash.update(block)
+        self.bytes += len(block)
+        return self._file.write(block)
+
+    def close(self) -> dict[str, Any]:
+        """Finish the file; returns what a manifest says of it beside its name."""
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())  # a power cut must not leave less under the name that it gets next
+        self._file.close()
+        return {"samples": self.samples, "bytes": self.bytes, "sha256": self._hash.hexdigest()}
 
 
 class ShardWriter:
@@ -53,34 +91,35 @@ class ShardWriter:
             raise FileExistsError(
                 f"{self.folder} already holds {len(self._old)} shard(s); pass overwrite=True to replace them"
             )
-        self._counts: list[int] = []
+        self._entries: list[dict[str, Any]] = []
         self._keys: set[str] = set()
-        self._file: io.BufferedWriter | None = None
-        self._tar: wds.TarWriter | None = None
+        self._shard: ShardFile | None = None
 
-    def write(self, sample: Sample) -> None:
+    def write(self, sample: Sample, files: Sequence[tuple[str, bytes]] | None = None) -> None:
         """Append one sample under its key, or under its number where it has none.
+
+        Args:
+            sample: The sample.
+            files: Suffix and encoded bytes of every image, ``("jpg", b"…")``, stored as they are in place of
+                ``sample.images``, which are encoded anew.
 
         Raises:
             SampleError: When it would be refused on reading, or its key has a dot or was used before.
         """
         key = sample.key or f"{len(self._keys):08d}"
         try:
-            check_messages(sample.messages, len(sample.images))
+            check_messages(sample.messages, len(sample.images if files is None else files))
             if "." in key or key.startswith("__") or key in self._keys:
                 raise ValueError("its key is in use or has a dot or '__' in front; expected a new plain name")
         except ValueError as error:
             raise SampleError(f"{self.folder}: sample {key!r}: {error}") from error
-        document = {"messages": sample.messages, **sample.fields(), "id": sample.id or key}
-        record: dict[str, Any] = {"__key__": key, "json": json.dumps(document, ensure_ascii=False).encode()}
-        for index, image in enumerate(sample.images):
-            record[f"{index}.{self.image_format}"] = _encode_image(image, self.image_format)
-        if self._tar is None or self._counts[-1] == self.samples_per_shard:
+        if files is None:
+            files = [(self.image_format, _encode_image(image, self.image_format)) for image in sample.images]
+        if self._shard is None or self._shard.samples == self.samples_per_shard:
             self._next_shard()
-        assert self._tar is not None
-        self._tar.write(record)
+        assert self._shard is not None
+        self._shard.add(key, sample, files)
         self._keys.add(key)
-        self._counts[-1] += 1
 
     def __enter__(self) -> Self:
         return self
@@ -99,27 +138,22 @@ class ShardWriter:
         for source, target in zip(temporary, self.paths):
             source.replace(target)
         self.folder.mkdir(parents=True, exist_ok=True)
-        entries = [
-            {"name": path.name, "samples": count, "bytes": path.stat().st_size}
-            for path, count in zip(self.paths, self._counts)
-        ]
+        entries = [{"name": path.name, **entry} for path, entry in zip(self.paths, self._entries)]
         manifest = self.folder / MANIFEST
-        _temporary(manifest).write_text(json.dumps({"samples": sum(self._counts), "shards": entries}, indent=1))
+        total = sum(entry["samples"] for entry in entries)
+        _temporary(manifest).write_text(json.dumps({"samples": total, "shards": entries}, indent=1))
         _temporary(manifest).replace(manifest)
 
     def _next_shard(self) -> None:
         self._close()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.paths.append(self.folder / f"shard-{len(self.paths):06d}.tar")
-        self._counts.append(0)
-        self._file = _temporary(self.paths[-1]).open("wb")
-        self._tar = wds.TarWriter(self._file, encoder=False, mtime=0, format="PAX_FORMAT")
+        self._shard = ShardFile(_temporary(self.paths[-1]))
 
     def _close(self) -> None:
-        if self._tar is not None and self._file is not None:
-            self._tar.close()
-            self._file.close()
-            self._tar = self._file = None
+        if self._shard is not None:
+            self._entries.append(self._shard.close())
+            self._shard = None
 
 
 def write_shards(
