@@ -1,0 +1,209 @@
+"""Calls to OpenAI-compatible servers: sent with the `openai` client, and tried again until they are answered whole.
+
+The key is read from the environment, handed to the client and kept nowhere else; whatever a server says is freed of it
+before it is shown or written.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Mapping
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import httpx2
+from tenacity import AsyncRetrying, RetryCallState, RetryError, retry_if_exception_type
+from tenacity.stop import stop_before_delay
+from tenacity.wait import wait_random_exponential
+
+from avar_lightning.synthesis.budget import Budget
+from avar_lightning.synthesis.config import DEMO
+from avar_lightning.synthesis.stages import Answer, Call, Stage
+from avar_lightning.synthesis.wire import Trouble, prompt_estimate, read_answer
+
+MAX_UNUSABLE = 6
+"""Answers to one call that may come whole and hold nothing, before its sample is given up: each of them is paid."""
+_UNANSWERABLE = re.compile(
+    r"context[ _]?length|context window|maximum (?:context|model|sequence|prompt|input)|too (?:long|large|many tokens)"
+    r"|content[ _]?(?:policy|filter|management)|safety|decode (?:the )?image|invalid image",
+    re.IGNORECASE,
+)
+"""What a server says of a request that only this sample has wrong."""
+Answering = Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]
+
+
+class Unanswerable(Exception):
+    """The server will not answer this sample; others may be answered."""
+
+
+class EndpointError(RuntimeError):
+    """The server will not answer anything that is asked this way; the run ends."""
+
+
+class Endpoint:
+    """The server of one stage.
+
+    Args:
+        stage: Whose server it is.
+        budget: Lets requests through and keeps their answers.
+        patience: Seconds for which a call is tried again.
+        max_wait: Longest wait between tries that the server did not ask for.
+        answering: Answers in this process instead of a server.
+    """
+
+    def __init__(
+        self, stage: Stage, budget: Budget, *, patience: float, max_wait: float, answering: Answering | None = None
+    ) -> None:
+        self.stage, self.budget, self.patience, self.max_wait = stage, budget, patience, max_wait
+        config = stage.config
+        self._secret = config.api_key
+        self._last_answer = 0.0
+        self._openai = _openai()
+        inside = {} if answering is None else {"http_client": httpx2.AsyncClient(transport=_transport(answering))}
+        self._client = self._openai.AsyncOpenAI(
+            base_url="http://demo.invalid/v1" if config.base_url == DEMO else config.base_url,
+            api_key=self._secret or "none",  # servers without keys ignore it; unset, the client would look for one
+            organization="",
+            project="",
+            timeout=config.timeout,
+            max_retries=0,
+            **inside,
+        )
+
+    async def close(self) -> None:
+        """Let go of the connections."""
+        await self._client.close()
+
+    async def ask(self, call: Call, key: str, body: Mapping[str, Any]) -> Answer:
+        """Send a request until it is answered whole, with growing waits; the answer is in the journal on return.
+
+        Raises:
+            BudgetSpent: Before a try that does not fit the budget.
+            Unanswerable: The server will not or cannot answer this sample.
+            EndpointError: The server refuses in a way that holds for every sample, or is away.
+        """
+        begun, unusable = time.monotonic(), 0
+        tries = AsyncRetrying(
+            retry=retry_if_exception_type(Trouble), stop=stop_before_delay(self.patience), wait=self._wait
+        )
+        try:
+            async for attempt in tries:
+                with attempt:
+                    try:
+                        return await self._once(call, key, body)
+                    except Trouble as trouble:
+                        unusable += trouble.unusable
+                        if unusable >= MAX_UNUSABLE:
+                            raise Unanswerable(f"{unusable} answers held nothing (last: {trouble})") from trouble
+                        raise
+        except RetryError as error:
+            last, count = error.last_attempt.exception(), error.last_attempt.attempt_number
+            said = f"no answer in {count} tries over {self.patience:g} s (last: {last})"
+            if self._last_answer > begun:  # the server is well; something about this one brings it down
+                raise Unanswerable(said) from last
+            raise EndpointError(
+                f"{self._name} gave {said}; see that it runs and can be reached, and run the same command again: "
+                "nothing that was answered is asked again."
+            ) from last
+        raise AssertionError("tenacity ends with an answer or an error")
+
+    async def _once(self, call: Call, key: str, body: Mapping[str, Any]) -> Answer:
+        """One try, with its place in the book."""
+        most = prompt_estimate(call) + self.stage.config.max_tokens
+        number = await self.budget.reserve(self.stage.name, most)
+        try:
+            answer = read_answer(await self._send(body), call)
+        except Trouble as trouble:
+            self.budget.failed(number, str(trouble), trouble.tokens)
+            raise
+        except (Unanswerable, EndpointError) as refusal:
+            self.budget.failed(number, str(refusal), 0)
+            raise
+        except BaseException as ended:  # cancelled: nobody will hear the answer
+            self.budget.failed(number, type(ended).__name__)
+            raise
+        self.budget.answered(number, key, answer)
+        self._last_answer = time.monotonic()
+        return answer
+
+    async def _send(self, body: Mapping[str, Any]) -> str:
+        """The body of the server's answer, as it is."""
+        openai = self._openai
+        try:
+            # Raw: how an answer is incomplete is for us to see, not for the client's models to fill in.
+            response = await self._client.chat.completions.with_raw_response.create(**body)
+            return self._clean(response.text)
+        except openai.APITimeoutError as error:
+            raise Trouble(f"no answer within {self.stage.config.timeout:g} s", None) from error
+        except openai.APIConnectionError as error:
+            never_sent = isinstance(error.__cause__, httpx2.ConnectError)
+            raise Trouble(self._clean(f"{error.__cause__!r}"), 0 if never_sent else None) from error
+        except openai.APIStatusError as error:
+            raise self._refusal(error.status_code, error.response) from None
+        except (httpx2.HTTPError, ValueError) as error:  # an answer that broke off, or is no text
+            raise Trouble(self._clean(f"{type(error).__name__}: {error}"), None) from error
+
+    def _refusal(self, status: int, response: httpx2.Response) -> Exception:
+        said = self._clean(" ".join(response.text.split()))[:300]
+        if status in (408, 409, 425, 429) or status >= 500:
+            return Trouble(f"status {status}: {said}", 0, wait=retry_after(response.headers.get("retry-after")))
+        # A server that has answered others so far understands the settings.
+        if status in (400, 413, 422) and (_UNANSWERABLE.search(said) or self._last_answer):
+            return Unanswerable(f"status {status}: {said}")
+        where, variable = f"stages.{self.stage.name}", self.stage.config.api_key_variable
+        unnamed = f"name the environment variable that holds the server's key in {where}.api_key_variable"
+        hint = {
+            401: f"put the server's key into the environment variable {variable}" if variable else unnamed,
+            403: "the key may not use this model; give another",
+            404: f"correct {where}.base_url (it ends with /v1 on most servers) or {where}.model",
+        }.get(status, f"correct the settings of {where}")
+        return EndpointError(f"{self._name} answered {status} ({said}); {hint}.")
+
+    def _wait(self, state: RetryCallState) -> float:
+        asked = getattr(state.outcome.exception() if state.outcome else None, "wait", 0.0)
+        growing = wait_random_exponential(multiplier=min(1.0, self.max_wait), max=self.max_wait)
+        return max(asked, growing(state))
+
+    @property
+    def _name(self) -> str:
+        return f"{self.stage.config.base_url} (stage {self.stage.name}, model {self.stage.config.model})"
+
+    def _clean(self, text: str) -> str:
+        return text.replace(self._secret, "[key]") if self._secret else text
+
+
+def retry_after(header: str | None) -> float:
+    """Seconds that a server asks to wait, given as seconds or as a date.
+
+    >>> retry_after("1.5"), retry_after(None), retry_after("soon")
+    (1.5, 0.0, 0.0)
+    """
+    try:
+        return max(0.0, float(header or 0))
+    except ValueError:
+        try:
+            return max(0.0, parsedate_to_datetime(header or "").timestamp() - time.time())
+        except ValueError:
+            return 0.0
+
+
+def _transport(answering: Answering) -> httpx2.MockTransport:
+    """Has requests answered in this process, in the form of a server's answers."""
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        status, value = answering(json.loads(request.content))
+        return httpx2.Response(status, json=value)
+
+    return httpx2.MockTransport(answer)
+
+
+def _openai() -> Any:
+    try:
+        import openai
+    except ImportError as error:
+        raise RuntimeError(
+            "avar synthesize needs the openai client; install it with: pip install 'avar-lightning[synthesis]'"
+        ) from error
+    return openai
