@@ -15,6 +15,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,17 +157,29 @@ class VLLMRolloutEngine:
         return wait_for(run())
 
     async def _bring(self, client: httpx2.AsyncClient) -> None:
-        """Have the server load the weights of the current version."""
+        """Have the server load the weights of the current version.
+
+        All over again where one step fails: a server that was started again in between would bear a version that it
+        does not have.
+        """
         path = str(self._folder.resolve())
         if self.has_adapters:
-            body = {"lora_name": ADAPTER, "lora_path": path, "load_inplace": True}
-            await self._post(client, "/v1/load_lora_adapter", body)
+            load = "/v1/load_lora_adapter"
+            body: dict[str, Any] = {"lora_name": ADAPTER, "lora_path": path, "load_inplace": True}
         else:
-            await self._post(client, "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}})
-        # Pictures that were encoded with the old weights must not serve the new ones; cached keys and values are told
-        # apart by `cache_salt`.
-        await self._post(client, "/reset_encoder_cache", {})
-        await self._post(client, "/update_weight_version", {"new_version": self._version})
+            load, body = "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}}
+
+        async def once() -> None:
+            await self._once(load, lambda: client.post(load, json=body))
+            # Pictures that were encoded with the old weights must not serve the new ones; cached keys and values are
+            # told apart by `cache_salt`.
+            for path, asked in (
+                ("/reset_encoder_cache", {}),
+                ("/update_weight_version", {"new_version": self._version}),
+            ):
+                await self._once(path, partial(client.post, path, json=asked))
+
+        await self._patiently(load, once)
 
     async def _bring_back(self, client: httpx2.AsyncClient, lock: asyncio.Lock) -> None:
         """The same where the server has lost them, once for all requests that notice."""
@@ -247,20 +260,15 @@ class VLLMRolloutEngine:
         return read(answer)
 
     async def _get(self, client: httpx2.AsyncClient, path: str) -> Any:
-        return await self._patiently(path, lambda: client.get(path))
+        return await self._patiently(path, lambda: self._once(path, lambda: client.get(path)))
 
     async def _post(
         self, client: httpx2.AsyncClient, path: str, body: Any, *, check: Callable[[Any], Any] | None = None
     ) -> Any:
-        return await self._patiently(path, lambda: client.post(path, json=body), check)
+        return await self._patiently(path, lambda: self._once(path, lambda: client.post(path, json=body), check))
 
-    async def _patiently(
-        self,
-        path: str,
-        send: Callable[[], Awaitable[httpx2.Response]],
-        check: Callable[[Any], Any] | None = None,
-    ) -> Any:
-        """Send a request until it is answered whole, with growing waits."""
+    async def _patiently(self, path: str, work: Callable[[], Awaitable[Any]]) -> Any:
+        """Do what asks the server until it answers whole, with growing waits."""
         tries = AsyncRetrying(
             retry=retry_if_exception_type(ServerTrouble),
             stop=stop_after_delay(self.patience),
@@ -269,7 +277,7 @@ class VLLMRolloutEngine:
         try:
             async for attempt in tries:
                 with attempt:
-                    return await self._once(path, send, check)
+                    return await work()
         except RetryError as error:
             last, count = error.last_attempt.exception(), error.last_attempt.attempt_number
             raise RuntimeError(
@@ -278,7 +286,7 @@ class VLLMRolloutEngine:
             ) from last
 
     async def _once(
-        self, path: str, send: Callable[[], Awaitable[httpx2.Response]], check: Callable[[Any], Any] | None
+        self, path: str, send: Callable[[], Awaitable[httpx2.Response]], check: Callable[[Any], Any] | None = None
     ) -> Any:
         try:
             response = await send()

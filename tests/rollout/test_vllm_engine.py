@@ -150,6 +150,17 @@ def test_a_server_that_was_started_again_gets_the_weights_back(server, prompts, 
     assert sum(path == loading for path, _ in server.requests) == 2  # once for all requests that noticed
 
 
+def test_a_server_that_starts_again_while_weights_are_brought_has_them(server, prompts, tmp_path):
+    """It must not bear the version of weights that went with its earlier life."""
+    model = changed(load_model("demo_sft"))
+    engine = make_engine(server, tmp_path, model=model)
+    server.faults.extend([("/reset_encoder_cache", "crash"), ("/update_weight_version", "crash")])
+    engine.sync(0)
+    completions = engine.generate(prompts, 2, seed=1)
+    for ours, theirs in zip(our_logps(model, prompts, completions, 2), completions.logps, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
 def test_a_server_that_keeps_losing_the_weights_is_reported(server, prompts, tmp_path):
     engine = make_engine(server, tmp_path, concurrency=1)
     engine.sync(0)

@@ -34,7 +34,8 @@ class VLLMServer:
 
     Attributes:
         faults: What happens to the next requests, first to last: a status, or one of "drop", "half", "bad json",
-            "empty choices", "no token ids", "short logprobs", "slow", "restart"; with a path they wait for it.
+            "empty choices", "no token ids", "short logprobs", "slow", "restart", "crash" (the same while it answers);
+            with a path they wait for it.
         requests: (path, body) of each request, answered or not.
     """
 
@@ -180,7 +181,9 @@ class _Handler(BaseHTTPRequestHandler):
         state = self.server_state
         state.requests.append((self.path, body))
         fault = state.fault(self.path)
-        if fault == "drop":
+        if fault in ("drop", "crash"):
+            if fault == "crash":
+                state.start_again()
             self.close_connection = True
             return
         if fault == "slow":
