@@ -24,7 +24,7 @@ from avar_lightning.data.fetching import ShardCache
 from avar_lightning.data.order import EpochOrder, Place, Progress, cut_batches, num_batches, share_of
 from avar_lightning.data.sample import SampleError, parse_sample
 from avar_lightning.data.shards import Shard, is_remote
-from avar_lightning.data.tars import Raw, ShardFile
+from avar_lightning.data.tars import Raw, LocalShard
 
 MAX_OPEN = 64  # shards that a process keeps open
 MAX_DRAWS = 200  # samples that are tried in place of an unusable one
@@ -109,7 +109,7 @@ class ShardReader(Dataset[Delivery]):
         self.length_group, self.drop_last = length_group if train else 0, drop_last and train
         self.encoded: dict[Place, Encoded] | None = {} if cache_encoded else None
         self.cache = cache or ShardCache()
-        self._files: OrderedDict[int, ShardFile | SampleError] = OrderedDict()
+        self._files: OrderedDict[int, LocalShard | SampleError] = OrderedDict()
         self._order: EpochOrder | None = None
         self._window = -1  # whose successor is being fetched
         if self.total is None and world_size > 1:
@@ -247,14 +247,14 @@ class ShardReader(Dataset[Delivery]):
         shard = self._opened(place[0])
         return shard if isinstance(shard, SampleError) else shard.read(place[1])
 
-    def _opened(self, index: int) -> ShardFile | SampleError:
+    def _opened(self, index: int) -> LocalShard | SampleError:
         """A shard, kept open; an error for each of its samples where it is not to be had."""
         if index in self._files:
             self._files.move_to_end(index)
             return self._files[index]
         shard = self.shards[index]
         try:
-            found: ShardFile | SampleError = ShardFile(self.cache.path(shard), shard.url, shard.samples)
+            found: LocalShard | SampleError = LocalShard(self.cache.path(shard), shard.url, shard.samples)
         except OSError as error:
             if shard.samples is None:
                 raise RuntimeError(f"{shard.url} cannot be read ({error}); without it the epoch has no end") from error
@@ -266,7 +266,7 @@ class ShardReader(Dataset[Delivery]):
 
     def _count(self, index: int) -> int:
         shard = self._opened(index)
-        assert isinstance(shard, ShardFile)  # one of unknown size that is not to be had is an error
+        assert isinstance(shard, LocalShard)  # one of unknown size that is not to be had is an error
         return len(shard)
 
     def _fetch_ahead(self, order: EpochOrder, positions: list[int]) -> None:
@@ -286,7 +286,7 @@ class ShardReader(Dataset[Delivery]):
 class _Slice(io.RawIOBase):
     """Part of a shard as a file, of which only what is asked for is read."""
 
-    def __init__(self, shard: ShardFile, offset: int, size: int) -> None:
+    def __init__(self, shard: LocalShard, offset: int, size: int) -> None:
         super().__init__()
         self._shard, self._offset, self._size, self._at = shard, offset, size, 0
 

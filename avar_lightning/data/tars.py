@@ -68,7 +68,7 @@ def index_tar(path: str | Path) -> TarIndex:
     return TarIndex(samples, problem)
 
 
-class ShardFile:
+class LocalShard:
     """A shard that lies on a local disk.
 
     Args:
@@ -124,7 +124,7 @@ def read_shard(path: str | Path, expected: int | None = None) -> Iterator[Raw]:
 
     A `SampleError` stands for every sample that a missing, cut or damaged tar should have had.
     """
-    shard = ShardFile(path, expected=expected)
+    shard = LocalShard(path, expected=expected)
     return map(shard.read, range(len(shard)))
 
 

@@ -10,7 +10,7 @@ import webdataset as wds
 
 from avar_lightning.data.sample import SampleError, parse_sample
 from avar_lightning.data.shards import find_shards
-from avar_lightning.data.tars import ShardFile, index_tar, read_shard
+from avar_lightning.data.tars import LocalShard, index_tar, read_shard
 from tests.data.conftest import make_sample, sample_files, write_tar
 
 
@@ -21,7 +21,7 @@ def tar(tmp_path: Path) -> Path:
 
 def test_samples_are_those_of_webdataset(tar: Path):
     expected = list(wds.WebDataset(str(tar), shardshuffle=False))
-    shard = ShardFile(tar)
+    shard = LocalShard(tar)
     assert len(shard) == 7
     for number in (6, 0, 3, 3, 1, 5, 2, 4):
         theirs = {name: value for name, value in expected[number].items() if not name.startswith("__local")}
@@ -30,7 +30,7 @@ def test_samples_are_those_of_webdataset(tar: Path):
 
 def test_an_open_shard_outlives_its_name(tar: Path):
     """A cache may drop a shard that somebody reads."""
-    shard = ShardFile(tar)
+    shard = LocalShard(tar)
     before = shard.read(2)
     tar.unlink()
     assert shard.read(2) == before
@@ -90,7 +90,7 @@ def test_what_is_no_tar_holds_nothing(tmp_path: Path, tar: Path):
 
 
 def test_a_file_that_shrinks_is_noticed(tar: Path):
-    shard = ShardFile(tar)
+    shard = LocalShard(tar)
     with tar.open("r+b") as file:
         file.truncate(3000)
     assert not isinstance(shard.read(0), SampleError)
