@@ -69,7 +69,11 @@ def convert_chunk(job: Job, chunk: Chunk) -> Tally:
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         shard = ShardFile(unfinished)
-        tally, rejections = _fill(shard, job, chunk)
+        try:
+            tally, rejections = _fill(shard, job, chunk)
+        except BaseException:
+            shard.discard()
+            raise
         entry = shard.close()
         if shard.samples:
             unfinished.replace(path)

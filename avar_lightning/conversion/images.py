@@ -20,7 +20,7 @@ MAX_BYTES = 1 << 28  # of one encoded image
 # Suffixes of what the reader of shards knows; the rest is encoded anew. Formats that are not here are not opened at
 # all: some of Pillow's run other programs (EPS) or have none of the care that bytes from strangers need.
 _KEPT = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tiff"}
-_FORMATS = (*_KEPT, "AVIF", "ICO", "JPEG2000", "PPM", "TGA")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "ICO", "JPEG2000", "PPM", "TGA")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _DATA = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 

@@ -167,9 +167,9 @@ def _judge(tally: Tally, config: ConvertConfig, work: WorkFolder, num_chunks: in
     path = work.write_rejected(num_chunks)
     work.judge()
     raise ValueError(
-        f"{tally.num_rejected} of {tally.records} records are rejected, more than max_rejected {config.max_rejected:g} "
-        f"allows, so there are no shards: {'; '.join(tally.lines()[:3])}. Each is in {path}; mend them and call again "
-        "with --overwrite, or leave them out with a larger --max-rejected"
+        f"{tally.num_rejected} of {tally.records} records are rejected, more than max_rejected "
+        f"{config.max_rejected:g} allows, so no shards are written: {'; '.join(tally.lines()[:3])}. Each is in {path}; mend them and "
+        "call again with --overwrite, or leave them out with a larger --max-rejected"
     )
 
 

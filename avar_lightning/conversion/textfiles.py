@@ -127,7 +127,7 @@ def _find_lines(file: BinaryIO) -> Iterator[Place]:
 
 def _find_elements(file: BinaryIO) -> Iterator[Place]:
     """Elements of an array stand between its commas; what is wrong inside of one is found when it is read."""
-    depth, start, first, opened = 0, 0, 1, False
+    depth, start, first, opened = 0, 0, 1, False  # `first` is the line that the element begins at
     for offset, mark, line in _marks(file):
         if mark in b"{[":
             depth += 1
@@ -144,9 +144,11 @@ def _find_elements(file: BinaryIO) -> Iterator[Place]:
                 break
         elif mark != b",":
             depth -= 1
-    size = os.fstat(file.fileno()).st_size
-    if depth or not _is_blank(file, start, size):  # the array breaks off, or something follows it
+    size = file.seek(0, os.SEEK_END)
+    if not _is_blank(file, start, size):  # half an element, or something after the array
         yield start, size - start, first
+    if depth:
+        yield size, 0, first
 
 
 def _marks(file: BinaryIO) -> Iterator[tuple[int, bytes, int]]:

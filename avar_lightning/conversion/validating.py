@@ -176,7 +176,7 @@ def _local(url: str) -> Iterator[Path]:
         yield Path(url)
         return
     with tempfile.NamedTemporaryFile(suffix=".tar") as copy:
-        stream: IO[bytes] = wds.gopen.gopen(url)
+        stream: IO[bytes] = wds.gopen(url)
         shutil.copyfileobj(stream, copy)
         stream.close()
         copy.flush()

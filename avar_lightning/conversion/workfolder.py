@@ -41,8 +41,9 @@ class WorkFolder:
         """
         if self.dst.exists() and not self.dst.is_dir():
             raise FileExistsError(f"{self.dst} is a file; expected a folder for the shards, or a new name")
+        plan = json.loads(json.dumps(plan))  # as it is read back
         left = json.loads(self._plan.read_text()) if self._plan.is_file() else None
-        same = left == json.loads(json.dumps(plan))
+        same = left == plan
         if left is not None and not same and not overwrite:
             others = [name for name in plan if left.get(name) != plan[name]]
             raise ValueError(

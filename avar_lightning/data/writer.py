@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -29,6 +30,7 @@ class ShardFile:
     def __init__(self, path: Path) -> None:
         self.samples = self.bytes = 0
         self._hash = hashlib.sha256()
+        self._path = path
         self._file = path.open("wb")
         self._tar = wds.TarWriter(self, encoder=False, mtime=0, format="PAX_FORMAT")
 
@@ -54,6 +56,14 @@ class ShardFile:
         os.fsync(self._file.fileno())  # a power cut must not leave less under the name that it gets next
         self._file.close()
         return {"samples": self.samples, "bytes": self.bytes, "sha256": self._hash.hexdigest()}
+
+    def discard(self) -> None:
+        """Give the file up and delete it."""
+        with contextlib.suppress(OSError):  # a full disk, which may be why it is given up
+            self._tar.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
+        self._path.unlink()
 
 
 class ShardWriter:

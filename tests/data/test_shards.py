@@ -1,5 +1,6 @@
 """Shards on disk: round trip, equal bytes, all or nothing, finding and counting."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable
@@ -115,6 +116,26 @@ def test_jpg_shards(tmp_path: Path):
     (raw,) = read_shard(path)
     assert "0.jpg" in raw
     assert abs(parse_sample(raw).images[0].getpixel((0, 0))[0] - 200) < 5
+
+
+def test_encoded_images_are_stored_as_they_are(tmp_path: Path):
+    sample = make_sample(images=2)
+    files = [("jpg", b"one"), ("png", b"two")]
+    with ShardWriter(tmp_path) as writer:
+        writer.write(sample, files)
+        with pytest.raises(SampleError, match=r"show 2 image\(s\) but the sample has 1"):
+            writer.write(sample, files[:1])
+    (raw,) = read_shard(tmp_path / "shard-000000.tar")
+    assert (raw["0.jpg"], raw["1.png"]) == (b"one", b"two")
+
+
+def test_the_manifest_has_sizes_and_checksums(tmp_path: Path):
+    write_shards([make_sample(i) for i in range(3)], tmp_path, samples_per_shard=2)
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    assert (manifest["samples"], [shard["samples"] for shard in manifest["shards"]]) == (3, [2, 1])
+    for shard in manifest["shards"]:
+        content = (tmp_path / shard["name"]).read_bytes()
+        assert (shard["bytes"], shard["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
 
 
 def test_shards_are_found_by_folder_glob_braces_list_and_manifest(shards: Callable[..., str]):
