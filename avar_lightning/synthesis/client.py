@@ -23,6 +23,8 @@ from avar_lightning.synthesis.config import DEMO
 from avar_lightning.synthesis.stages import Answer, Call, Stage
 from avar_lightning.synthesis.wire import Trouble, prompt_estimate, read_answer
 
+FIRST_WAIT = 1.0
+"""Longest wait before the second try, in seconds; it doubles with each that follows."""
 MAX_UNUSABLE = 6
 """Answers to one call that may come whole and hold nothing, before its sample is given up: each of them is paid."""
 _UNANSWERABLE = re.compile(
@@ -163,7 +165,7 @@ class Endpoint:
 
     def _wait(self, state: RetryCallState) -> float:
         asked = getattr(state.outcome.exception() if state.outcome else None, "wait", 0.0)
-        growing = wait_random_exponential(multiplier=min(1.0, self.max_wait), max=self.max_wait)
+        growing = wait_random_exponential(multiplier=min(FIRST_WAIT, self.max_wait), max=self.max_wait)
         return max(asked, growing(state))
 
     @property

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 _PICTURE = r"(?:image|picture|figure|photo(?:graph)?|diagram|chart|graph|plot|drawing|map|table|scene|screenshot)"
 ANCHORS = (
     r"\blook(?:ing|ed)?\s+(?:\w+\s+)?(?:back|again|closer|closely|once more|more closely|carefully)\b",
+    r"\b(?:I|me|us)\s+(?:\w+\s+)?look\s+at\b",
     rf"\b(?:in|on|at|to|from|of|with|against)\s+(?:the|this)\s+(?:\w+\s+)?{_PICTURE}\b",
     rf"\b(?:the|this)\s+{_PICTURE}\s+(?:shows?|has|contains?|depicts?|confirms?|displays?)\b",
     rf"\b(?:check|re-?check|examin|inspect|consult|revisit|re-?read)(?:e|s|ed|ing)?\s+(?:the|this)\s+{_PICTURE}\b",
@@ -100,7 +101,7 @@ def anchor_positions(chain: str, patterns: Sequence[str] = ANCHORS) -> list[int]
     joined = re.compile("|".join(f"(?:{pattern})" for pattern in patterns), re.IGNORECASE) if patterns else None
     found = [match.span() for match in joined.finditer(chain)] if joined else []
     positions: list[int] = []
-    end = -1
+    end = -2
     for start, stop in found:
         # "look back at the image" is one return: its second half begins where its first half ends.
         if start > end + 1:

@@ -1,0 +1,194 @@
+"""Killed at any moment and started again: nothing that was answered is paid again, and the output is the same."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from avar_lightning.synthesis import synthesize
+from avar_lightning.synthesis.journal import Journal
+from avar_lightning.synthesis.stages import Answer
+from tests.synthesis.conftest import output_bytes
+from tests.synthesis.server import run_synthesis, write_questions
+
+COUNT, CONCURRENCY = 12, 3
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Processes that begin with everything imported: a fresh one takes many seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["avar_lightning.synthesis", "tests.synthesis.conftest", "openai"])
+    return context
+
+
+def imperfect(server):
+    server.texts["reason", 2] = "Many. <answer>99</answer>"
+    server.texts["anchor", 5] = "No chain."
+    server.delay = 0.02
+
+
+def journaled(folder):
+    """Seeds, which tell calls apart, of those whose answer is in the journal."""
+    path = Path(folder) / "journal.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith(b"\n")]
+    return [int(row["key"][:8], 16) % 2**31 for row in rows if "answer" in row]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_kills_change_nothing(server, tmp_path, processes, seed):
+    imperfect(server)
+    path = write_questions(tmp_path / "in", COUNT)
+    options = {"url": server.url, "input": path, "concurrency": CONCURRENCY, "samples_per_shard": 5}
+    run_synthesis(options | {"output": tmp_path / "whole"})
+    expected = output_bytes(tmp_path / "whole")
+    assert len(expected) == 4
+    out, rng, kills = tmp_path / "killed", random.Random(seed), 0
+    total = len(server.requests)
+    server.requests.clear()
+    server.answered.clear()
+    for moment in sorted(rng.sample(range(total), 3)):
+        paid = set(journaled(out))
+        before = len(server.requests)
+        process = processes.Process(target=run_synthesis, args=(options | {"output": out},))
+        process.start()
+        deadline = time.monotonic() + 60
+        while len(server.answered) < moment and process.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.02))
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.join()
+        assert not paid & {body["seed"] for body in server.requests[before:]}
+    paid, before = set(journaled(out)), len(server.requests)
+    run_synthesis(options | {"output": out})
+    assert kills >= 2
+    assert not paid & {body["seed"] for body in server.requests[before:]}
+    assert output_bytes(out) == expected
+    seeds = journaled(out)
+    assert len(seeds) == len(set(seeds)) == total
+    assert len(server.requests) <= total + kills * CONCURRENCY  # only those that were on their way
+    assert not list(out.glob("*.tmp"))
+
+
+def test_a_kill_while_shards_are_written_changes_nothing(server, tmp_path, processes):
+    imperfect(server)
+    path = write_questions(tmp_path / "in", COUNT)
+    options = {"url": server.url, "input": path, "concurrency": CONCURRENCY, "samples_per_shard": 1}
+    run_synthesis(options | {"output": tmp_path / "whole"})
+    out = tmp_path / "killed"
+    process = processes.Process(target=run_synthesis, args=(options | {"output": out},))
+    process.start()
+    deadline = time.monotonic() + 60
+    while not list(out.glob("shard-*")) and time.monotonic() < deadline:
+        time.sleep(0.0005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    asked = len(server.requests)
+    run_synthesis(options | {"output": out})
+    assert len(server.requests) == asked
+    assert output_bytes(out) == output_bytes(tmp_path / "whole")
+    assert not list(out.glob("*.tmp"))
+
+
+def test_a_finished_run_asks_nothing(server, prepare):
+    config = prepare(3)
+    synthesize(config)
+    before, asked = output_bytes(config.output), len(server.requests)
+    assert synthesize(config).kept == 3
+    assert (output_bytes(config.output), len(server.requests)) == (before, asked)
+
+
+def test_a_server_that_moved_is_the_same_model(server, prepare):
+    synthesize(prepare(2))
+    asked = len(server.requests)
+    moved = prepare(2, stage={"base_url": server.url.replace("127.0.0.1", "localhost")})
+    assert synthesize(moved).kept == 2
+    assert len(server.requests) == asked
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"temperature": 0.2}, {"model": "reason"}, {"max_tokens": 201}, {"top_p": 0.5}, {"extra": {"a": 1}}],
+    ids=str,
+)
+def test_another_question_is_another_call(server, prepare, change):
+    synthesize(prepare(1))
+    server.texts["reason", 0] = "Other. <answer>0</answer>"
+    synthesize(prepare(1, describe=change))
+    assert len(server.requests) in (4, 6)  # its own, and those that follow where its answer changed
+    assert len(server.asked("describe")) + len(server.asked("reason")) > 2
+
+
+def test_other_prompts_ask_again_from_there(server, prepare, tmp_path):
+    synthesize(prepare(2))
+    prompt = tmp_path / "anchor.md"
+    prompt.write_text("$question $chain Weave.")
+    report = synthesize(prepare(2, anchor={"prompt": str(prompt)}))
+    assert [len(server.asked(name)) for name in ("describe", "reason", "anchor")] == [2, 2, 4]
+    assert (report.kept, report.requests) == (2, 8)
+
+
+def test_a_torn_line_is_dropped_and_asked_again(server, prepare):
+    config = prepare(3)
+    synthesize(config)
+    expected = output_bytes(config.output)
+    path = Path(config.output) / "journal.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    asked = len(server.requests)
+    synthesize(config)
+    assert len(server.requests) == asked + 1
+    assert output_bytes(config.output) == expected
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_a_line_that_makes_no_sense_is_named(prepare):
+    config = prepare(1)
+    synthesize(config)
+    path = Path(config.output) / "journal.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(lines[0] + "{nonsense\n" + "".join(lines[1:]))
+    with pytest.raises(ValueError, match=r"journal\.jsonl, line 2, is none of a journal .* delete that line"):
+        synthesize(config)
+
+
+def test_two_processes_do_not_share_a_journal(prepare):
+    config = prepare(1)
+    journal = Journal(Path(config.output) / "journal.jsonl", config.input)
+    try:
+        with pytest.raises(RuntimeError, match="is being written by another process"):
+            synthesize(config)
+    finally:
+        journal.close()
+    assert synthesize(config).kept == 1
+
+
+def test_another_input_is_refused(prepare, tmp_path):
+    config = prepare(1)
+    synthesize(config)
+    other = write_questions(tmp_path / "other", 2)
+    config.input = str(other)
+    with pytest.raises(ValueError, match=r"is of the input .*give another output"):
+        synthesize(config)
+    config.overwrite = True
+    assert synthesize(config).kept == 2
+
+
+def test_an_answer_is_read_back_as_it_was(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl", "x")
+    answer = Answer('Zeilen\nund "Zeichen" – \u2028 😀', "gedacht", "stop", 7, 9, estimated=True)
+    journal.answered(journal.sent("reason", 10), "k", answer)
+    assert journal.find("k") == answer
+    journal.close()
+    again = Journal(tmp_path / "journal.jsonl", "x")
+    assert again.find("k") == answer
+    assert again.find("other") is None
+    assert again.total.tokens == 16
+    again.close()
