@@ -168,8 +168,8 @@ def _judge(tally: Tally, config: ConvertConfig, work: WorkFolder, num_chunks: in
     work.judge()
     raise ValueError(
         f"{tally.num_rejected} of {tally.records} records are rejected, more than max_rejected "
-        f"{config.max_rejected:g} allows, so no shards are written: {'; '.join(tally.lines()[:3])}. Each is in {path}; mend them and "
-        "call again with --overwrite, or leave them out with a larger --max-rejected"
+        f"{config.max_rejected:g} allows, so no shards are written: {'; '.join(tally.lines()[:3])}. "
+        f"Each is in {path}; mend them and call again with --overwrite, or leave them out with a larger --max-rejected"
     )
 
 

@@ -103,7 +103,7 @@ def _saved(folder: Path, split: str | None) -> Source | None:
             raise FileNotFoundError(f"{folder} lacks {missing[0]}, which its state.json lists; copy the whole folder")
         return TableFiles([folder / name for name in names], folder)
     arrow = sorted(folder.glob("*.arrow"))
-    return TableFiles([folder / name for name in _of_split(arrow, split, folder)], folder) if arrow else None
+    return TableFiles(_of_split(arrow, split, folder), folder) if arrow else None
 
 
 def _image_folder(folder: Path, split: str | None) -> Source | None:

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
-import tarfile
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from tempfile import TemporaryDirectory
 
 import numpy as np
-import webdataset as wds
 from tqdm.auto import tqdm
 
 from avar_lightning.conversion.processes import open_pool
 from avar_lightning.conversion.workfolder import UNFINISHED
+from avar_lightning.data.fetching import ShardCache
 from avar_lightning.data.sample import SampleError, parse_sample
-from avar_lightning.data.shards import MANIFEST, find_shards
-
-REMOTE = ("pipe:", "://")
+from avar_lightning.data.shards import MANIFEST, Shard, find_shards, is_remote
+from avar_lightning.data.tars import LocalShard
 
 
 @dataclass
@@ -80,21 +75,21 @@ def validate(
     """
     report, checks = ValidationReport(), []
 
-    def found(problems: Iterator[str] | list[str]) -> None:
+    def found(problems: Iterable[str]) -> None:
         for problem in problems:
             report.num_problems += 1
             tell(problem)
 
-    entries = _manifest_entries(Path(spec))  # before its reader meets it
+    listed = _manifest(str(spec))
     urls = [shard.url for shard in find_shards(spec, count=False)]
-    report.manifest = entries is not None
+    report.manifest = listed is not None
     with open_pool(min(workers, len(urls))) as run:
         for check in tqdm(run(check_shard, urls), total=len(urls), unit="shard", disable=not progress):
             found(check.problems)
             report.shards += 1
             report.samples += check.samples
             checks.append(check)
-    found(_compare(entries or {}, checks, Path(spec)))
+    found(_compare(listed or {}, checks, Path(spec).expanduser()))
     found(_repeated_keys(checks))
     return report
 
@@ -107,121 +102,69 @@ def check_shard(url: str) -> ShardCheck:
             with path.open("rb") as file:
                 check.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             check.bytes = path.stat().st_size
-            keys = list(_check_samples(path, check))
-    except (OSError, tarfile.TarError) as error:
+            _check_samples(LocalShard(path, url), check)
+    except (OSError, ValueError) as error:
         check.problems.append(f"{url}: the shard cannot be read ({error})")
-        return check
-    check.keys = np.array(keys, dtype=np.uint64)
     return check
 
 
-def _check_samples(path: Path, check: ShardCheck) -> Iterator[int]:
-    """Check the samples of a tar; yields the hash of every key."""
+def _check_samples(shard: LocalShard, check: ShardCheck) -> None:
     seen: set[str] = set()
-    for raw in _samples(path, check):
-        key = raw["__key__"]
-        check.samples += 1
+    check.samples = len(shard.index.samples)
+    for number, (key, _) in enumerate(shard.index.samples):
         if key in seen:
             check.problems.append(f"{check.url}: sample {key!r}: its key was used before in this shard")
-        else:
-            yield _hash(key)
         seen.add(key)
+        raw = shard.read(number)
         try:
-            if "__twice__" in raw:
-                raise SampleError(f"{check.url}: sample {key!r}: it has two files {raw['__twice__']}")
+            if isinstance(raw, SampleError):
+                raise raw
             parse_sample(raw)
         except SampleError as error:
             check.problems.append(str(error))
-
-
-def _samples(path: Path, check: ShardCheck) -> Iterator[dict[str, Any]]:
-    """The files of each sample: neighbours with the same key, as webdataset groups them."""
-    raw: dict[str, Any] | None = None
-    reason = ""
-    with tarfile.open(path) as tar:
-        try:
-            for member in tar:
-                key, suffix = wds.tariterators.base_plus_ext(member.name)
-                if not member.isfile() or key is None or member.name.startswith("__"):
-                    continue
-                if raw is None or raw["__key__"] != key:
-                    if raw is not None:
-                        yield raw
-                    raw = {"__key__": key, "__url__": check.url}
-                if suffix.lower() in raw:
-                    raw["__twice__"] = member.name
-                content = tar.extractfile(member)
-                raw[suffix.lower()] = content.read() if content is not None else b""
-            if not _ends_well(tar):
-                reason = "its end is missing or a header is damaged"
-        except (tarfile.TarError, OSError, EOFError) as error:
-            reason = str(error)
-    if reason:
-        last = "" if raw is None else f", in or after sample {raw['__key__']!r}"
-        check.problems.append(f"{check.url}: the shard breaks off{last} ({reason})")
-    if raw is not None:
-        yield raw
-
-
-def _ends_well(tar: tarfile.TarFile) -> bool:
-    assert tar.fileobj is not None
-    tar.fileobj.seek(tar.offset)
-    return tar.fileobj.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+    if shard.index.problem:
+        check.problems.append(str(shard.read(len(shard.index.samples))))
+    check.keys = np.array([_hash(key) for key in seen], dtype=np.uint64)
 
 
 @contextmanager
 def _local(url: str) -> Iterator[Path]:
-    """The shard as a file: itself, or a copy of what a pipe or URL gives."""
-    if not any(mark in url for mark in REMOTE):
+    """The shard as a file: itself, or what a pipe or URL gives, for as long as it is needed."""
+    if not is_remote(url):
         yield Path(url)
         return
-    with tempfile.NamedTemporaryFile(suffix=".tar") as copy:
-        stream: IO[bytes] = wds.gopen(url)
-        shutil.copyfileobj(stream, copy)
-        stream.close()
-        copy.flush()
-        yield Path(copy.name)
+    with TemporaryDirectory() as folder:
+        yield ShardCache(folder).path(Shard(url))
 
 
-def _manifest_entries(spec: Path) -> dict[str, dict[str, Any]] | None:
-    """Entries of the manifest of a folder, or of a manifest itself, by the shard that each is about."""
-    path = spec if spec.name == MANIFEST else (spec if spec.is_dir() else spec.parent) / MANIFEST
-    if not path.is_file():
+def _manifest(spec: str) -> dict[str, Shard] | None:
+    """What the manifest of a folder, of the folder of some shards, or a manifest itself says of every shard."""
+    if not is_remote(spec) and not spec.endswith(MANIFEST):
+        path = Path(spec).expanduser()
+        spec = str((path if path.is_dir() else path.parent) / MANIFEST)
+    if not spec.endswith(MANIFEST) or not (is_remote(spec) or Path(spec).is_file()):
         return None
-    try:
-        entries = json.loads(path.read_text())["shards"]
-        return {_place(path.parent, entry["name"]): {**entry, "samples": int(entry["samples"])} for entry in entries}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({type(error).__name__}: {error}); expected "
-            '{"shards": [{"name": …, "samples": …}]}: write the shards again, or remove it'
-        ) from error
+    return {shard.url: shard for shard in find_shards(spec)}
 
 
-def _place(folder: Path, name: str) -> str:
-    return name if any(mark in name for mark in REMOTE) else str(folder / name)
-
-
-def _compare(entries: dict[str, dict[str, Any]], checks: list[ShardCheck], spec: Path) -> Iterator[str]:
+def _compare(listed: dict[str, Shard], checks: list[ShardCheck], spec: Path) -> Iterator[str]:
     """What the manifest says otherwise than the files."""
     folder = spec.parent if spec.name == MANIFEST else spec
     whole = folder.is_dir()  # and not one shard or a pattern of some
     if whole and (folder / UNFINISHED / "plan.json").exists():
         yield f"{folder}: a conversion into it was interrupted; call it again to go on"
     by_url = {check.url: check for check in checks}
-    for url, entry in entries.items():
+    for url, entry in listed.items():
         check = by_url.get(url)
         if check is None and whole:
             yield f"{url}: {MANIFEST} lists it, but there is no such file"
-        for name in ("samples", "bytes", "sha256") if check is not None else ():
-            value = getattr(check, name)
-            if value and entry.get(name) not in (None, value):
-                yield f"{url}: {MANIFEST} says {name} {entry[name]}, but it is {value}"
-    if entries and whole:
-        listed = {Path(url) for url in entries}
-        yield from (
-            f"{path}: {MANIFEST} does not list it" for path in sorted(folder.glob("*.tar")) if path not in listed
-        )
+        for name in ("samples", "bytes", "sha256") if check is not None and check.sha256 else ():
+            said, value = getattr(entry, name), getattr(check, name)
+            if said not in (None, value):
+                yield f"{url}: {MANIFEST} says {name} {said}, but it is {value}"
+    if listed and whole:
+        others = (str(path) for path in sorted(folder.glob("*.tar")) if str(path) not in listed)
+        yield from (f"{path}: {MANIFEST} does not list it" for path in others)
 
 
 def _repeated_keys(checks: list[ShardCheck]) -> Iterator[str]:
@@ -230,12 +173,13 @@ def _repeated_keys(checks: list[ShardCheck]) -> Iterator[str]:
     repeated = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
     users: dict[str, str] = {}
     for check in checks if repeated else ():
-        if repeated & set(check.keys.tolist()):
-            with _local(check.url) as path:
-                names = dict.fromkeys(raw["__key__"] for raw in _samples(path, ShardCheck(check.url)))
-            for key in (name for name in names if _hash(name) in repeated):
-                if users.setdefault(key, check.url) != check.url:
-                    yield f"{check.url}: sample {key!r}: its key is used in {users[key]} as well"
+        if repeated.isdisjoint(check.keys.tolist()):
+            continue
+        with _local(check.url) as path:
+            keys = dict.fromkeys(key for key, _ in LocalShard(path).index.samples)
+        for key in (key for key in keys if _hash(key) in repeated):
+            if users.setdefault(key, check.url) != check.url:
+                yield f"{check.url}: sample {key!r}: its key is used in {users[key]} as well"
 
 
 def _hash(key: str) -> int:

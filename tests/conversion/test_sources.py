@@ -125,6 +125,15 @@ def test_save_to_disk_of_splits(tmp_path: Path) -> None:
     check_table(tmp_path / "out")
 
 
+def test_arrow_files_without_their_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the cache of `datasets` has them; and paths may be relative."""
+    table().save_to_disk(tmp_path / "in", num_shards=2)
+    (tmp_path / "in" / "state.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    make(Path("in"), Path("out"))
+    check_table(tmp_path / "out")
+
+
 def test_save_to_disk_that_lost_a_file(tmp_path: Path) -> None:
     table().save_to_disk(tmp_path / "in", num_shards=2)
     next((tmp_path / "in").glob("*.arrow")).unlink()

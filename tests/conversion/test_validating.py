@@ -110,7 +110,7 @@ def test_a_damaged_header_in_the_middle(check: Any) -> None:
         path.write_bytes(content)
 
     _, said = check(damage)
-    assert "DIR/shard-000001.tar: the shard breaks off, in or after sample '00000003' (" in said
+    assert "DIR/shard-000001.tar: the shard breaks off after 1 sample(s) (" in said
 
 
 def test_a_missing_shard(check: Any) -> None:
@@ -146,7 +146,7 @@ def test_a_wrong_count(check: Any) -> None:
         ({"a": {"0.png": picture()}}, "'a': there is no KEY.json"),
         ({"a": {"json": b"{", "0.png": picture()}}, "'a': its JSON cannot be read"),
         ({"a": sample() | {"0.png": b"x"}}, "'a': image KEY.0.png cannot be decoded"),
-        ({"a": sample() | {"0.PNG": picture()}}, "'a': it has two files"),
+        ({"a": sample() | {"0.PNG": picture()}}, "'a': unexpected file KEY.0.png (again)"),
         ({"a": sample() | {"txt": b"x"}}, "'a': unexpected file KEY.txt"),
         ({"a": sample(), "b": sample(), "../a": sample()}, None),
     ],
@@ -187,7 +187,7 @@ def test_a_conversion_that_was_interrupted(check: Any) -> None:
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"shards": [{"name": "x"}]}', '{"shards": 3}'])
 def test_a_manifest_that_is_none(check: Any, content: str) -> None:
-    with pytest.raises(ValueError, match=r"manifest.json cannot be read \(.*write the shards again, or remove it"):
+    with pytest.raises(ValueError, match=r"manifest.json is no manifest \("):
         check(lambda folder: (folder / "manifest.json").write_text(content))
 
 
