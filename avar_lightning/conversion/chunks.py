@@ -96,7 +96,7 @@ def _fill(shard: ShardFile, job: Job, chunk: Chunk) -> tuple[Tally, list[Rejecti
                 raise record
             _add(shard, f"{index:08d}", record, job, images)
         except BadRecord as error:
-            name = record.get("id") if isinstance(record, dict) else None
+            name = record.get(job.config.names("id")[0]) if isinstance(record, dict) else None
             name = _printable(str(name)) if isinstance(name, str | int) else None
             rejections.append(Rejection(index, _printable(where), error.kind, _printable(error.reason), name))
             tally.reject(rejections[-1])

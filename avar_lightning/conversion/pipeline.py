@@ -86,18 +86,12 @@ def convert(config: ConvertConfig, *, progress: bool = True) -> ConversionReport
     if Path(config.dst).resolve() == source.folder.resolve():
         raise ValueError(f"{config.dst} is where the input is; give the shards a folder of their own")
     format_ = _format_of(source, config)
-    work = WorkFolder(config.dst)
-    work.begin(_plan(source, format_, config), overwrite=config.overwrite)
-    tally, num_chunks = Tally(), 0
-    with _ProgressBar(source, config, disable=not progress) as show:
-        for chunk, counts in _convert_chunks(Job(source, format_, config)):
-            tally.add(counts)
-            num_chunks += 1
-            show(source.position(chunk.addresses[-1]), tally)
-            if tally.num_rejected == tally.records >= HOPELESS and config.max_rejected < 1:
-                break
-    _judge(tally, config, work, num_chunks)
-    shards = work.publish(num_chunks)["shards"]
+    work, tally = WorkFolder(config.dst), Tally()
+    with work.alone():
+        work.begin(_plan(source, format_, config), overwrite=config.overwrite)
+        _count(Job(source, format_, config), tally, progress)
+        _judge(tally, config, work)
+        shards = work.publish()["shards"]
     return ConversionReport(
         dst=Path(config.dst),
         format=format_,
@@ -109,6 +103,16 @@ def convert(config: ConvertConfig, *, progress: bool = True) -> ConversionReport
         reasons=tally.lines(),
         seconds=time.monotonic() - started,
     )
+
+
+def _count(job: Job, tally: Tally, progress: bool) -> None:
+    """Convert the chunks and count their records; stop early where there is no hope."""
+    with _ProgressBar(job.source, job.config, disable=not progress) as show:
+        for chunk, counts in _convert_chunks(job):
+            tally.add(counts)
+            show(job.source.position(chunk.addresses[-1]), tally)
+            if tally.num_rejected == tally.records >= HOPELESS and job.config.max_rejected < 1:
+                break
 
 
 def _format_of(source: Source, config: ConvertConfig) -> str:
@@ -156,7 +160,7 @@ def _convert_chunks(job: Job) -> Iterator[tuple[Chunk, Tally]]:
         raise RuntimeError(str(error)) from error
 
 
-def _judge(tally: Tally, config: ConvertConfig, work: WorkFolder, num_chunks: int) -> None:
+def _judge(tally: Tally, config: ConvertConfig, work: WorkFolder) -> None:
     """Raise ValueError when there is nothing, or too little that is good, to be kept."""
     if not tally.records:
         work.remove()
@@ -164,7 +168,7 @@ def _judge(tally: Tally, config: ConvertConfig, work: WorkFolder, num_chunks: in
     share = tally.num_rejected / tally.records
     if share <= config.max_rejected and share < 1:
         return
-    path = work.write_rejected(num_chunks)
+    path = work.write_rejected()
     work.judge()
     raise ValueError(
         f"{tally.num_rejected} of {tally.records} records are rejected, more than max_rejected "

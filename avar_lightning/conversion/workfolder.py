@@ -7,10 +7,12 @@ last. Every step may be interrupted and done again. ``plan.json`` tells whether 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,30 @@ class WorkFolder:
         self._publication = self.folder / "publish.json"
         self._judged = self.folder / "judged"
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other conversions out of dst for the length of a block; the system forgets it when a process dies.
+
+        Raises:
+            RuntimeError: When another one is at work there, or dst cannot be made.
+        """
+        if self.dst.exists() and not self.dst.is_dir():
+            raise FileExistsError(f"{self.dst} is a file; expected a folder for the shards, or a new name")
+        try:
+            self.dst.mkdir(parents=True, exist_ok=True)
+            folder = os.open(self.dst, os.O_RDONLY)
+        except OSError as error:
+            raise RuntimeError(f"{self.dst} cannot be written ({error}); expected a folder of yours") from error
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError as error:
+            raise RuntimeError(
+                f"another process converts into {self.dst}; wait for it, or give another folder"
+            ) from error
+        finally:
+            os.close(folder)
+
     def begin(self, plan: Mapping[str, Any], *, overwrite: bool) -> None:
         """Make the folder, or go on in it where it is of the same plan.
 
@@ -39,8 +65,6 @@ class WorkFolder:
             FileExistsError: When dst holds shards and ``overwrite`` is false.
             ValueError: When another conversion was left unfinished there and ``overwrite`` is false.
         """
-        if self.dst.exists() and not self.dst.is_dir():
-            raise FileExistsError(f"{self.dst} is a file; expected a folder for the shards, or a new name")
         plan = json.loads(json.dumps(plan))  # as it is read back
         left = json.loads(self._plan.read_text()) if self._plan.is_file() else None
         same = left == plan
@@ -89,11 +113,11 @@ class WorkFolder:
             tally.reject(rejection)
         return tally
 
-    def write_rejected(self, num_chunks: int) -> Path:
+    def write_rejected(self) -> Path:
         """Write ``rejected.jsonl``, in the order of the input, and return its path."""
         path = self.dst / REJECTED
         with (unfinished := self.folder / REJECTED).open("w") as file:
-            for report in self._reports(num_chunks):
+            for _, report in self._reports():
                 file.writelines(json_line(rejection.row()) for rejection in _rejections(report))
         os.replace(unfinished, path)
         return path
@@ -102,10 +126,10 @@ class WorkFolder:
         """Note that the work ended with too many rejections: --overwrite begins anew, without it the work is kept."""
         self._judged.touch()
 
-    def publish(self, num_chunks: int) -> dict[str, Any]:
+    def publish(self) -> dict[str, Any]:
         """Turn the finished chunks into the data set of dst, replacing what it holds; returns the manifest."""
         if not self._publication.exists():
-            write_json(self._publication, self._moves(num_chunks))
+            write_json(self._publication, self._moves())
         publication = json.loads(self._publication.read_text())
         manifest = publication["manifest"]
         pairs = zip(publication["chunks"], manifest["shards"])
@@ -118,7 +142,7 @@ class WorkFolder:
         for chunk, shard in moves.items():
             if chunk.exists():
                 chunk.replace(shard)
-        self.write_rejected(num_chunks)
+        self.write_rejected()
         write_json(self.dst / MANIFEST, manifest)
         self.remove()
         return manifest
@@ -129,13 +153,13 @@ class WorkFolder:
         if self.folder.exists():
             shutil.rmtree(self.folder)
 
-    def _moves(self, num_chunks: int) -> dict[str, Any]:
+    def _moves(self) -> dict[str, Any]:
         """Chunks that hold samples become shards with numbers without a gap."""
         chunks: list[str] = []
         shards: list[dict[str, Any]] = []
-        for number, report in enumerate(self._reports(num_chunks)):
+        for path, report in self._reports():
             if report["entry"]:
-                chunks.append(self.tar(number).name)
+                chunks.append(path.with_suffix(".tar").name)
                 shards.append({"name": f"shard-{len(shards):06d}.tar", **report["entry"]})
         total = sum(shard["samples"] for shard in shards)
         return {"chunks": chunks, "manifest": {"samples": total, "shards": shards}}
@@ -143,10 +167,10 @@ class WorkFolder:
     def _report(self, number: int) -> Path:
         return self.tar(number).with_suffix(".json")
 
-    def _reports(self, num_chunks: int) -> Iterator[dict[str, Any]]:
-        for number in range(num_chunks):
-            if self._report(number).is_file():
-                yield json.loads(self._report(number).read_text())
+    def _reports(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """What the chunks report that are finished, in the order of the input."""
+        for path in sorted(self.folder.glob("chunk-*.json"), key=lambda path: int(path.stem.partition("-")[2])):
+            yield path, json.loads(path.read_text())
 
 
 def _rejections(report: Mapping[str, Any]) -> Iterator[Rejection]:

@@ -22,6 +22,7 @@ import pytest
 from PIL import Image
 
 from avar_lightning.conversion import chunks, pipeline
+from avar_lightning.conversion.workfolder import WorkFolder
 from avar_lightning.data.shards import find_shards
 from tests.conversion.conftest import TURNS, contents, make, picture, read, record, rejected, write_lines
 
@@ -229,6 +230,12 @@ def test_ctrl_c_ends_soon_and_keeps_what_is_done(mixed: Path, tmp_path: Path, mo
         make(mixed, out, samples_per_shard=10, workers=2)
     assert len(list((out / ".unfinished").glob("chunk-*.json"))) >= 2
     assert not list(out.glob("*.tar"))
+
+
+def test_two_conversions_do_not_share_a_folder(mixed: Path, tmp_path: Path) -> None:
+    with WorkFolder(tmp_path / "out").alone(), pytest.raises(RuntimeError, match="another process converts into"):
+        make(mixed, tmp_path / "out")
+    assert make(mixed, tmp_path / "out").samples == 87
 
 
 def test_another_conversion_is_not_mixed_in(mixed: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
