@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
 
 from avar_lightning.synthesis.budget import Budget, BudgetSpent
@@ -44,6 +44,7 @@ class Asker:
         self._asked: dict[str, asyncio.Task[Answer]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._main: asyncio.Task[None] | None = None
+        self._ended = threading.Event()
 
     async def run(self, items: Iterator[Item]) -> None:
         """Ask until all is answered, the budget is spent, or a server refuses.
@@ -71,14 +72,16 @@ class Asker:
             await asyncio.gather(*running, *self._asked.values(), return_exceptions=True)
             for endpoint in self.endpoints.values():
                 await endpoint.close()
+            self._ended.set()
         if self._failure is not None:
             raise self._failure
         self.spent = self.budget.spent
 
     def interrupt(self) -> None:
-        """End from another thread: what is on its way is dropped."""
+        """End from another thread, and wait for the end: what is on its way is dropped, and noted as lost."""
         if self._loop is not None and self._main is not None:
             self._loop.call_soon_threadsafe(self._main.cancel)
+            self._ended.wait(GRACE)
 
     @property
     def _ending(self) -> bool:
@@ -141,17 +144,3 @@ def _advance(steps: Generator[Call, Answer, Outcome], answer: Answer | None) -> 
     except StopIteration as end:
         outcome: Outcome = end.value
         return outcome
-
-
-class Tally:
-    """Counts outcomes for the progress bar."""
-
-    def __init__(self) -> None:
-        self.kept, self.rejected = 0, Counter[str]()
-
-    def add(self, outcome: Outcome) -> None:
-        """Count one."""
-        if outcome.reason:
-            self.rejected[outcome.reason] += 1
-        else:
-            self.kept += 1

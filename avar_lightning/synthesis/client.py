@@ -15,7 +15,6 @@ from typing import Any
 
 import httpx2
 from tenacity import AsyncRetrying, RetryCallState, RetryError, retry_if_exception_type
-from tenacity.stop import stop_before_delay
 from tenacity.wait import wait_random_exponential
 
 from avar_lightning.synthesis.budget import Budget
@@ -44,26 +43,37 @@ class EndpointError(RuntimeError):
     """The server will not answer anything that is asked this way; the run ends."""
 
 
+class _Patience:
+    """Ends tries when the next one would begin too long after the first failure, however long that took to come."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.first_failure = seconds, 0.0
+
+    def __call__(self, state: RetryCallState) -> bool:
+        now = time.monotonic()
+        self.first_failure = self.first_failure or now
+        return now + state.upcoming_sleep - self.first_failure > self.seconds
+
+
 class Endpoint:
     """The server of one stage.
 
     Args:
         stage: Whose server it is.
         budget: Lets requests through and keeps their answers.
-        patience: Seconds for which a call is tried again.
+        patience: Seconds for which a call is tried again after it first failed.
         max_wait: Longest wait between tries that the server did not ask for.
-        answering: Answers in this process instead of a server.
+        connections: To all servers.
     """
 
     def __init__(
-        self, stage: Stage, budget: Budget, *, patience: float, max_wait: float, answering: Answering | None = None
+        self, stage: Stage, budget: Budget, *, patience: float, max_wait: float, connections: httpx2.AsyncClient
     ) -> None:
         self.stage, self.budget, self.patience, self.max_wait = stage, budget, patience, max_wait
         config = stage.config
         self._secret = config.api_key
         self._last_answer = 0.0
         self._openai = _openai()
-        inside = {} if answering is None else {"http_client": httpx2.AsyncClient(transport=_transport(answering))}
         self._client = self._openai.AsyncOpenAI(
             base_url="http://demo.invalid/v1" if config.base_url == DEMO else config.base_url,
             api_key=self._secret or "none",  # servers without keys ignore it; unset, the client would look for one
@@ -71,7 +81,7 @@ class Endpoint:
             project="",
             timeout=config.timeout,
             max_retries=0,
-            **inside,
+            http_client=connections,
         )
 
     async def close(self) -> None:
@@ -87,9 +97,7 @@ class Endpoint:
             EndpointError: The server refuses in a way that holds for every sample, or is away.
         """
         begun, unusable = time.monotonic(), 0
-        tries = AsyncRetrying(
-            retry=retry_if_exception_type(Trouble), stop=stop_before_delay(self.patience), wait=self._wait
-        )
+        tries = AsyncRetrying(retry=retry_if_exception_type(Trouble), stop=_Patience(self.patience), wait=self._wait)
         try:
             async for attempt in tries:
                 with attempt:
@@ -191,14 +199,21 @@ def retry_after(header: str | None) -> float:
             return 0.0
 
 
-def _transport(answering: Answering) -> httpx2.MockTransport:
-    """Has requests answered in this process, in the form of a server's answers."""
+def connect(concurrency: int) -> httpx2.AsyncClient:
+    """Connections to servers, shared by all stages: making them reads the machine's certificates."""
+    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=concurrency)
+    connections: httpx2.AsyncClient = _openai().DefaultAsyncHttpxClient(limits=limits)
+    return connections
+
+
+def connect_inside(answering: Answering) -> httpx2.AsyncClient:
+    """The same to somebody in this process, who answers in the form of a server."""
 
     def answer(request: httpx2.Request) -> httpx2.Response:
         status, value = answering(json.loads(request.content))
         return httpx2.Response(status, json=value)
 
-    return httpx2.MockTransport(answer)
+    return httpx2.AsyncClient(transport=httpx2.MockTransport(answer))
 
 
 def _openai() -> Any:

@@ -123,7 +123,7 @@ class SynthesisConfig:
     max_tokens: int | None = None
     """Most tokens in the life of the journal, of prompts and answers."""
     patience: float = 900.0
-    """Seconds for which one call is tried again."""
+    """Seconds for which one call is tried again after it first failed."""
     max_wait: float = 60.0
     """Longest wait between two tries that no server asked for, in seconds."""
     seed: int | None = 0

@@ -7,6 +7,7 @@ on how often the run was interrupted, and other filters cost nothing.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -19,15 +20,15 @@ from tqdm import tqdm
 from avar_lightning.background import wait_for
 from avar_lightning.data import Sample, ShardWriter
 from avar_lightning.files import json_line, write_json
-from avar_lightning.synthesis.asking import Asker, Tally, replay
+from avar_lightning.synthesis.asking import Asker, replay
 from avar_lightning.synthesis.budget import Budget, cost
-from avar_lightning.synthesis.client import Endpoint
+from avar_lightning.synthesis.client import Endpoint, connect, connect_inside
 from avar_lightning.synthesis.config import DEMO, STAGES, SynthesisConfig
 from avar_lightning.synthesis.demo_teacher import DemoTeacher
 from avar_lightning.synthesis.filters import normalised
 from avar_lightning.synthesis.inputs import Item, count_items, read_items
 from avar_lightning.synthesis.journal import Journal, by_stage
-from avar_lightning.synthesis.report import SynthesisReport
+from avar_lightning.synthesis.report import SynthesisReport, Tally
 from avar_lightning.synthesis.stages import Outcome, Stage, load_stages, prompt_of
 
 JOURNAL, REJECTED, REPORT = "journal.jsonl", "rejected.jsonl", "report.json"
@@ -96,14 +97,14 @@ def _ask(config: SynthesisConfig, stages: Mapping[str, Stage], journal: Journal,
         bar.update()
 
     def make_endpoints(budget: Budget) -> dict[str, Endpoint]:
-        teacher = DemoTeacher(config.demo)
+        outside, inside = connect(config.concurrency), connect_inside(DemoTeacher(config.demo))
         return {
             name: Endpoint(
                 stage,
                 budget,
                 patience=config.patience,
                 max_wait=config.max_wait,
-                answering=teacher if stage.config.base_url == DEMO else None,
+                connections=inside if stage.config.base_url == DEMO else outside,
             )
             for name, stage in stages.items()
         }
@@ -127,7 +128,7 @@ def _write(
     total: int | None,
 ) -> None:
     """The second pass."""
-    responses: set[str] = set()
+    responses: set[bytes] = set()
     unfinished = folder / f"{REJECTED}.tmp"
     with (
         ShardWriter(
@@ -165,8 +166,8 @@ def _once(items: Iterator[Item]) -> Iterator[tuple[Item, bool]]:
         yield item, repeated
 
 
-def _unless_seen(outcome: Outcome, responses: set[str]) -> Outcome:
-    words = normalised(outcome.response)
+def _unless_seen(outcome: Outcome, responses: set[bytes]) -> Outcome:
+    words = hashlib.sha256(normalised(outcome.response).encode("utf-8", "replace")).digest()[:16]
     if words in responses:
         return replace(outcome, reason="duplicate", detail="the response of an earlier sample")
     responses.add(words)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from avar_lightning.synthesis.stages import Outcome
 
 MEANINGS = {
     "input": "cannot be asked",
@@ -70,6 +73,20 @@ class SynthesisReport:
             rows.append((f"{name} requests", stage["requests"], _tokens_text(stage)))
         lines = [f"{name:<20}{count:>10,}  {note}".rstrip() for name, count, note in rows]
         return "\n".join(lines + ([] if self.cost is None else [f"{'cost':<20}{self.cost:>10,.2f}"]))
+
+
+class Tally:
+    """Counts outcomes for the progress bar."""
+
+    def __init__(self) -> None:
+        self.kept, self.rejected = 0, Counter[str]()
+
+    def add(self, outcome: Outcome) -> None:
+        """Count one."""
+        if outcome.reason:
+            self.rejected[outcome.reason] += 1
+        else:
+            self.kept += 1
 
 
 def _share(count: int, total: int) -> str:

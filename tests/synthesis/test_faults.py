@@ -147,9 +147,9 @@ def test_answers_on_their_way_are_kept_when_the_run_ends(server, prepare):
     server.faults["describe"].extend([None, 404])
     with pytest.raises(RuntimeError, match="answered 404"):
         synthesize(prepare(4, concurrency=4))
-    assert len(server.answered) == 3
+    assert len(server.answered) >= 3
     assert synthesize(prepare(4)).kept == 4
-    assert len(server.asked("describe")) == 5
+    assert len(server.requests) == 3 * 4 + 1
 
 
 def test_a_sample_too_long_for_the_model_is_left_out_and_asked_again_later(server, prepare):

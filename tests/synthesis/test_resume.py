@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -96,6 +97,31 @@ def test_a_kill_while_shards_are_written_changes_nothing(server, tmp_path, proce
     assert len(server.requests) == asked
     assert output_bytes(out) == output_bytes(tmp_path / "whole")
     assert not list(out.glob("*.tmp"))
+
+
+def test_an_interrupted_run_goes_on(server, prepare, tmp_path):
+    """Ctrl-C: what is on its way is dropped, and the journal can be opened again at once."""
+    server.delay = 0.3
+
+    def interrupt():
+        while len(server.answered) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(prepare(30))
+    server.delay = 0.0
+    time.sleep(0.3)  # what had left has arrived
+    asked = len(server.requests)
+    lines = (tmp_path / "out" / "journal.jsonl").read_text().splitlines()
+    sent, settled = (sum(name in json.loads(line) for line in lines) for name in ("sent", "stage"))
+    assert asked <= sent < 30
+    assert settled == 2 * sent  # every request was answered, or is noted as lost
+    time.sleep(0.3)
+    assert len(server.requests) == asked
+    assert synthesize(prepare(30)).kept == 30
+    assert len(server.requests) <= 90 + 4
 
 
 def test_a_finished_run_asks_nothing(server, prepare):
