@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from pathlib import Path
-from typing import NoReturn
 
 import lightning as L
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
-from avar_lightning.errors import condense, told
+from avar_lightning.errors import OneSentence, told
 from avar_lightning.files import write_json, write_jsonl
 
 SUMMARY_ROWS = (
@@ -27,15 +25,8 @@ SUMMARY_ROWS = (
 )
 
 
-class AvarArgumentParser(LightningArgumentParser):
+class AvarArgumentParser(OneSentence, LightningArgumentParser):
     """Says in one sentence what is wrong with a command line or configuration."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the sentence and leave with status 2; inside a larger parse, let that one say it."""
-        if not self.exit_on_error:
-            super().error(message, ex)
-        print(f"error: {condense(message)}; see `{self.prog.replace(' [options]', '')} --help`.", file=sys.stderr)
-        sys.exit(2)
 
 
 class AvarCLI(LightningCLI):

@@ -6,6 +6,7 @@ import re
 import sys
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 PACKAGE_FOLDERS = (str(Path(__file__).parent), str(Path(__file__).parents[1] / "callbacks"))
 UNION = "Does not validate against any of the Union subtypes"
@@ -30,6 +31,21 @@ def told(error: Exception) -> bool:
     if sentence is not None:
         print(f"error: {sentence}", file=sys.stderr)
     return sentence is not None
+
+
+class OneSentence:
+    """Laid over a parser of jsonargparse: says in one sentence what is wrong with a command line or configuration."""
+
+    exit_on_error: bool
+    prog: str
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the sentence and leave with status 2; inside a larger parse, let that one say it."""
+        if not self.exit_on_error:
+            super().error(message, ex)  # type: ignore[misc]
+        name = self.prog.replace(" [options]", "")
+        print(f"error: {condense(message)}; see `{name} --help`.", file=sys.stderr)
+        sys.exit(2)
 
 
 def condense(message: str) -> str:

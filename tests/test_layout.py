@@ -24,13 +24,14 @@ FIRST_PARTY = {"avar_lightning", "tests"} | {path.stem for path in (ROOT / "benc
 BEHIND_ONE_FILE = {
     "matplotlib": "avar_lightning/report/figure.py",
     "math_verify": "avar_lightning/mathematics.py",
-    "httpx2": "avar_lightning/rollout/vllm_engine.py",
-    "tenacity": "avar_lightning/rollout/vllm_engine.py",
+    "openai": "avar_lightning/synthesis/client.py",
+    "pyarrow": "avar_lightning/conversion/tables.py",
 }
 NOT_IMPORTED_BY_US = {
     "tensorboard",  # what TensorBoardLogger, which is in every recipe, writes with
     *("pytest-timeout", "pytest-xdist", "ruff", "mypy", "import-linter"),  # a plugin and programs
     "setuptools",  # builds the wheel that tests/test_wheel.py tries
+    *("fastapi", "uvicorn"),  # under `transformers serve`, which is run as a program
 }
 
 
@@ -49,6 +50,11 @@ class _RuntimeImports(ast.NodeVisitor):
         # What only a type checker imports binds nobody at run time.
         for child in node.orelse if ast.unparse(node.test).endswith("TYPE_CHECKING") else ast.iter_child_nodes(node):
             self.visit(child)
+
+
+class _ImportsOnReading(_RuntimeImports):
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        """Imported when it is called."""
 
 
 @cache
@@ -79,7 +85,9 @@ def relative(path: Path) -> str:
 
 
 DEPENDENCIES = declared(PYPROJECT["project"]["dependencies"])
-DEV = declared(PYPROJECT["project"]["optional-dependencies"]["dev"])
+EXTRAS = {name: declared(wanted) for name, wanted in PYPROJECT["project"]["optional-dependencies"].items()}
+DEV = EXTRAS.pop("dev") - {"avar-lightning"}  # which stands for the other extras
+OPTIONAL = set().union(*EXTRAS.values())
 
 
 def test_library_does_not_import_callbacks():
@@ -92,8 +100,20 @@ def test_heavy_packages_stand_behind_one_file(module):
     assert [relative(path) for path in SHIPPED if module in third_party([path])] == [BEHIND_ONE_FILE[module]]
 
 
+def test_an_optional_dependency_is_imported_where_it_is_needed():
+    """And not when a file is read: whoever does not need it may not have it."""
+    modules = {name for name, homes in packages_distributions().items() if {*map(normalized, homes)} & OPTIONAL}
+    assert {"openai", "pyarrow"} <= modules
+    for path in SHIPPED:
+        visitor = _ImportsOnReading()
+        visitor.visit(ast.parse(path.read_text()))
+        assert not {name.partition(".")[0] for name in visitor.names} & modules, relative(path)
+
+
 @pytest.mark.parametrize(
-    ("paths", "allowed"), [(SHIPPED, DEPENDENCIES), (DEVELOPMENT, DEPENDENCIES | DEV)], ids=["shipped", "development"]
+    ("paths", "allowed"),
+    [(SHIPPED, DEPENDENCIES | OPTIONAL), (DEVELOPMENT, DEPENDENCIES | OPTIONAL | DEV)],
+    ids=["shipped", "development"],
 )
 def test_every_import_is_a_declared_dependency(paths, allowed):
     distributions = packages_distributions()
@@ -107,7 +127,7 @@ def test_every_import_is_a_declared_dependency(paths, allowed):
 
 
 @pytest.mark.parametrize(
-    ("dependencies", "paths"), [(DEPENDENCIES, SHIPPED), (DEV, DEVELOPMENT)], ids=["dependencies", "dev"]
+    ("dependencies", "paths"), [(DEPENDENCIES | OPTIONAL, SHIPPED), (DEV, DEVELOPMENT)], ids=["dependencies", "dev"]
 )
 def test_every_declared_dependency_is_imported(dependencies, paths):
     distributions = packages_distributions()
@@ -118,7 +138,7 @@ def test_every_declared_dependency_is_imported(dependencies, paths):
 def test_every_declared_dependency_is_pinned():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
-    assert pins.keys() >= DEPENDENCIES | DEV
+    assert pins.keys() >= DEPENDENCIES | OPTIONAL | DEV
     # A local version such as 2.13.0+cpu is one index's; the pin must hold on every index.
     assert not [name for name, version in pins.items() if not re.fullmatch(r"[\d.]+(post\d+)?", version)]
 

@@ -6,12 +6,12 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
-from avar_lightning.commands.convert import add_convert
-from avar_lightning.commands.sweep import add_sweep
-from avar_lightning.commands.synthesize import add_synthesize
 from avar_lightning.errors import told
+
+COMMANDS = ("convert", "synthesize", "sweep")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -21,9 +21,11 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="avar", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_convert, add_sweep, add_synthesize):
-        add(commands)
-    options = vars(parser.parse_args(args))
+    given = list(sys.argv[1:] if args is None else args)
+    # Only the one that is called: others take seconds to import.
+    for name in given[:1] if given[:1] and given[0] in COMMANDS else COMMANDS:
+        getattr(import_module(f"{__name__}.{name}"), f"add_{name}")(commands)
+    options = vars(parser.parse_args(given))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     options.pop("command")
     run: Callable[[dict[str, Any]], None] = options.pop("run")

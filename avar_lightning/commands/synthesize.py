@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from typing import Any, NoReturn
+from typing import Any
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from avar_lightning.errors import condense
+from avar_lightning.errors import OneSentence
 from avar_lightning.synthesis import SynthesisConfig, preview, synthesize
 
 
-class _Parser(ArgumentParser):
+class _Parser(OneSentence, ArgumentParser):
     """Says in one sentence what is wrong with a command line or configuration."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error:
-            super().error(message, ex)
-        print(f"error: {condense(message)}; see `{self.prog} --help`.", file=sys.stderr)
-        sys.exit(2)
 
 
 def add_synthesize(commands: Any) -> None:

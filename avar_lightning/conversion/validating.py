@@ -13,10 +13,9 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from avar_lightning.conversion.processes import open_pool
-from avar_lightning.conversion.workfolder import UNFINISHED
 from avar_lightning.data.fetching import ShardCache
 from avar_lightning.data.sample import SampleError, parse_sample
-from avar_lightning.data.shards import MANIFEST, Shard, find_shards, is_remote
+from avar_lightning.data.shards import MANIFEST, UNFINISHED, Shard, find_shards, is_remote
 from avar_lightning.data.tars import LocalShard
 
 

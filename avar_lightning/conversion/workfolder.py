@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from avar_lightning.conversion.rejecting import Rejection, Tally
-from avar_lightning.data.shards import MANIFEST
+from avar_lightning.data.shards import MANIFEST, PUBLICATION, UNFINISHED
 from avar_lightning.files import json_line, write_json
 
-UNFINISHED = ".unfinished"
 REJECTED = "rejected.jsonl"
 
 
@@ -31,7 +30,7 @@ class WorkFolder:
         self.dst = Path(dst)
         self.folder = self.dst / UNFINISHED
         self._plan = self.folder / "plan.json"
-        self._publication = self.folder / "publish.json"
+        self._publication = self.dst / PUBLICATION
         self._judged = self.folder / "judged"
 
     @contextmanager

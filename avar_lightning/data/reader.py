@@ -24,7 +24,7 @@ from avar_lightning.data.fetching import ShardCache
 from avar_lightning.data.order import EpochOrder, Place, Progress, cut_batches, num_batches, share_of
 from avar_lightning.data.sample import SampleError, parse_sample
 from avar_lightning.data.shards import Shard, is_remote
-from avar_lightning.data.tars import Raw, LocalShard
+from avar_lightning.data.tars import LocalShard, Raw
 
 MAX_OPEN = 64  # shards that a process keeps open
 MAX_DRAWS = 200  # samples that are tried in place of an unusable one

@@ -24,6 +24,10 @@ from avar_lightning.data.tars import index_tar
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+UNFINISHED = ".unfinished"
+"""Folder beside shards in which others are being made."""
+PUBLICATION = f"{UNFINISHED}/publish.json"
+"""There while shards are moved out of it: what lies beside it may be a part of them."""
 _REMOTE = re.compile(r"pipe:|[a-z][a-z0-9+]*://")
 
 
@@ -84,6 +88,10 @@ def _expand_pattern(pattern: str, *, spec: str) -> list[str]:
         return [pattern]
     path = Path(pattern).expanduser()
     if path.is_dir():
+        if (path / PUBLICATION).exists():
+            raise FileNotFoundError(
+                f"the conversion into the folder {spec} was interrupted; call the same avar convert again to end it"
+            )
         found = [str(item) for item in sorted(path.glob("*.tar"))]
         if not found:
             raise FileNotFoundError(f"no shard in the folder {spec}; expected .tar files there: write them first")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from avar_lightning.data.sample import Sample, SampleError, parse_sample
-from avar_lightning.data.shards import MANIFEST, Shard, expand_urls, find_shards
+from avar_lightning.data.shards import MANIFEST, PUBLICATION, Shard, expand_urls, find_shards
 from avar_lightning.data.tars import read_shard
 from avar_lightning.data.writer import ShardWriter, write_shards
 from tests.data.conftest import make_sample, sample_files, write_tar
@@ -181,3 +181,11 @@ def test_a_stale_manifest_is_not_believed(shards: Callable[..., str], caplog: py
     with caplog.at_level(logging.WARNING):
         assert find_shards(folder) == [Shard(str(path), 5)]
     assert "not the file that its manifest.json lists" in caplog.text
+
+
+def test_shards_that_are_being_moved_are_no_data_set(shards: Callable[..., str]):
+    folder = shards(3)
+    (Path(folder) / PUBLICATION).parent.mkdir()
+    (Path(folder) / PUBLICATION).touch()
+    with pytest.raises(FileNotFoundError, match=r"conversion into the folder .* was interrupted; call the same"):
+        find_shards(folder)
