@@ -123,7 +123,7 @@ def _sample_of_line(line: bytes, path: Path, number: int) -> Sample:
     """The sample of one JSON line, with its images as `parse_sample` decodes them."""
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"no JSON ({error}); expected one object a line") from error
     question = row.pop("question", None) if isinstance(row, dict) else None
     if not isinstance(question, str) or not question.strip():
@@ -169,10 +169,20 @@ def _item(sample: Sample, where: str, config: SynthesisConfig) -> Item:
         problem = "it has no gold answer"
     elif not question:
         problem = "its question is empty"
+    elif not _is_unicode([messages, sample.fields()]):
+        problem = "it holds half of a character (a lone surrogate), which no file can; expected whole ones"
     if config.system_prompt is not None and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": config.system_prompt})
     prompt = replace(sample, messages=messages, columns=dict(sample.columns), key="")
     return Item(where, prompt, question, problem, [fingerprint(image) for image in sample.images])
+
+
+def _is_unicode(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def text_of(content: str | Sequence[Mapping[str, Any]]) -> str:

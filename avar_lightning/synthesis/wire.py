@@ -80,7 +80,11 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else ""
+    """Text of a message's field, which some servers give in parts; halves of characters cannot be written or sent."""
+    parts = value if isinstance(value, list) else [{"text": value}]
+    texts = [_object(part).get("text") for part in parts]
+    joined = "".join(text for text in texts if isinstance(text, str))
+    return joined.encode("utf-8", "replace").decode()
 
 
 def _tokens(text: str) -> int:

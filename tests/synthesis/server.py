@@ -104,14 +104,6 @@ def write_questions(folder: Path, count: int, **fields: Any) -> Path:
     return path
 
 
-def run_synthesis(options: dict[str, Any]) -> None:
-    """In a process of its own, to be killed."""
-    from avar_lightning.synthesis import synthesize
-    from tests.synthesis.conftest import make_config
-
-    synthesize(make_config(**options))
-
-
 class _Handler(BaseHTTPRequestHandler):
     state: ScriptedServer
     protocol_version = "HTTP/1.1"

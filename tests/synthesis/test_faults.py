@@ -91,7 +91,7 @@ def test_one_sample_that_brings_the_server_down_does_not_hold_the_others(server,
     server.answer = answer
     server.delay = 0.1
     server.http.handle_error = lambda *_: None
-    config = prepare(12, patience=0.4, concurrency=2)
+    config = prepare(12, patience=0.8, concurrency=2)
     report = synthesize(config)
     assert report.kept == 11
     assert rejected(config)["q1"]["reason"].startswith("refused: reason: no answer in")
@@ -183,6 +183,14 @@ def test_cost_follows_the_prices(server, prepare):
     assert report.cost == pytest.approx(30 * (100 * 2 + 50 * 10) / 1e6)
     assert "cost" in str(report)
     assert synthesize(prepare(10, output="free")).cost is None
+
+
+def test_the_bar_shows_rate_spending_and_what_is_kept(server, prepare, capfd):
+    server.texts["reason", 1] = "<answer>7</answer>"
+    synthesize(prepare(3, progress=True, stage={"price_output": 1000.0}))
+    bar = capfd.readouterr().err
+    for words in ("asking: 100%", "sample/s", "requests=8", "tokens=1,200", "kept=2", "rejected=1", "cost=0.40"):
+        assert words in bar
 
 
 # Keys

@@ -11,21 +11,30 @@ from pathlib import Path
 
 import pytest
 
+from avar_lightning import background
 from avar_lightning.synthesis import synthesize
 from avar_lightning.synthesis.journal import Journal
 from avar_lightning.synthesis.stages import Answer
-from tests.synthesis.conftest import output_bytes
-from tests.synthesis.server import run_synthesis, write_questions
+from tests.synthesis.conftest import make_config, output_bytes
+from tests.synthesis.server import write_questions
 
 COUNT, CONCURRENCY = 12, 3
 
 
-@pytest.fixture(scope="module")
-def processes():
-    """Processes that begin with everything imported: a fresh one takes many seconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["avar_lightning.synthesis", "tests.synthesis.conftest", "openai"])
-    return context
+def start(options):
+    """A process that begins with everything imported, as a fork: a fresh one takes many seconds."""
+    process = multiprocessing.get_context("fork").Process(target=in_fork, args=(options,))
+    process.start()
+    return process
+
+
+def in_fork(options):
+    background._loop.cache_clear()  # its thread did not come along
+    run(options)
+
+
+def run(options):
+    synthesize(make_config(**options))
 
 
 def imperfect(server):
@@ -43,11 +52,11 @@ def journaled(folder):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_kills_change_nothing(server, tmp_path, processes, seed):
+def test_kills_change_nothing(server, tmp_path, seed):
     imperfect(server)
     path = write_questions(tmp_path / "in", COUNT)
     options = {"url": server.url, "input": path, "concurrency": CONCURRENCY, "samples_per_shard": 5}
-    run_synthesis(options | {"output": tmp_path / "whole"})
+    run(options | {"output": tmp_path / "whole"})
     expected = output_bytes(tmp_path / "whole")
     assert len(expected) == 4
     out, rng, kills = tmp_path / "killed", random.Random(seed), 0
@@ -57,8 +66,7 @@ def test_kills_change_nothing(server, tmp_path, processes, seed):
     for moment in sorted(rng.sample(range(total), 3)):
         paid = set(journaled(out))
         before = len(server.requests)
-        process = processes.Process(target=run_synthesis, args=(options | {"output": out},))
-        process.start()
+        process = start(options | {"output": out})
         deadline = time.monotonic() + 60
         while len(server.answered) < moment and process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.002)
@@ -69,7 +77,7 @@ def test_kills_change_nothing(server, tmp_path, processes, seed):
         process.join()
         assert not paid & {body["seed"] for body in server.requests[before:]}
     paid, before = set(journaled(out)), len(server.requests)
-    run_synthesis(options | {"output": out})
+    run(options | {"output": out})
     assert kills >= 2
     assert not paid & {body["seed"] for body in server.requests[before:]}
     assert output_bytes(out) == expected
@@ -79,21 +87,20 @@ def test_kills_change_nothing(server, tmp_path, processes, seed):
     assert not list(out.glob("*.tmp"))
 
 
-def test_a_kill_while_shards_are_written_changes_nothing(server, tmp_path, processes):
+def test_a_kill_while_shards_are_written_changes_nothing(server, tmp_path):
     imperfect(server)
     path = write_questions(tmp_path / "in", COUNT)
     options = {"url": server.url, "input": path, "concurrency": CONCURRENCY, "samples_per_shard": 1}
-    run_synthesis(options | {"output": tmp_path / "whole"})
+    run(options | {"output": tmp_path / "whole"})
     out = tmp_path / "killed"
-    process = processes.Process(target=run_synthesis, args=(options | {"output": out},))
-    process.start()
+    process = start(options | {"output": out})
     deadline = time.monotonic() + 60
     while not list(out.glob("shard-*")) and time.monotonic() < deadline:
         time.sleep(0.0005)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     asked = len(server.requests)
-    run_synthesis(options | {"output": out})
+    run(options | {"output": out})
     assert len(server.requests) == asked
     assert output_bytes(out) == output_bytes(tmp_path / "whole")
     assert not list(out.glob("*.tmp"))

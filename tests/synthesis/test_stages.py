@@ -134,6 +134,19 @@ def test_a_tolerance_that_is_none_rejects_its_sample(prepare):
     assert end.value.value.reason == "input"
 
 
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('[{"type": "text", "text": "A "}, {"type": "thinking"}, {"type": "text", "text": "cube."}]', "A cube."),
+        ('"half \\ud83d"', "half ?"),
+    ],
+)
+def test_odd_texts_are_read(prepare, content, expected):
+    config = prepare(1)
+    call = next(walk(next(read_items(config)), load_stages(config), config.filters))
+    assert read_answer(f'{{"choices": [{{"message": {{"content": {content}}}}}]}}', call).content == expected
+
+
 def test_surplus_in_an_answer_is_ignored(prepare):
     text = '{"choices": [{"message": {"content": "Hi", "tool_calls": null}, "logprobs": 1}], "usage": {"x": 1}, "z": 1}'
     config = prepare(1)
