@@ -28,6 +28,7 @@ bench: $(READY)
 	$(PYTHON) benchmarks/attention_memory.py
 	$(PYTHON) benchmarks/steering_overhead.py
 	$(PYTHON) benchmarks/grpo_step.py
+	$(PYTHON) benchmarks/data_pipeline.py
 
 # The measured table of the README: every guidance form and query set, several seeds (three quarters of an hour on 2 cores).
 table: $(READY)
