@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds in one process")
     parser.add_argument("--epochs", type=int, default=3, help="timed epochs")
     parser.add_argument("--trainings", type=int, default=3, help="trainings of each number of workers")
-    parser.add_argument("--steps", type=int, default=30, help="steps of a training")
+    parser.add_argument("--steps", type=int, default=12, help="steps of a training")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
