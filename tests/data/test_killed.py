@@ -11,8 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.data import killed
 
 SAMPLES, BATCH = 48, 4  # an epoch has 12 steps
@@ -56,10 +54,10 @@ def diary(folder: Path, processes: int = 1) -> dict[int, dict[str, Any]]:
     return steps
 
 
-@pytest.mark.parametrize("group", [0, 16])
-def test_a_killed_run_sees_every_sample_once(tmp_path: Path, shards: Callable[..., str], group: int):
+def test_a_killed_run_sees_every_sample_once(tmp_path: Path, shards: Callable[..., str]):
+    """Also in the middle of a length group; two processes, below, go without."""
     folder = shards(SAMPLES, 7, words=lambda index: 1 + index * 5 % 11)
-    common = ["--length-group", str(group)]
+    common = ["--length-group", "16"]
     run(folder, tmp_path / "whole", "--num-workers", "1", *common)
     whole = diary(tmp_path / "whole")
     assert len(whole) == 18
