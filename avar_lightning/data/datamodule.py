@@ -1,6 +1,7 @@
 """Shards for Lightning: one data module for training, validation, test and prediction."""
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
@@ -11,7 +12,7 @@ from transformers import ProcessorMixin
 
 from avar_lightning.data.collate import Collator, PromptRows, SampleEncoder
 from avar_lightning.data.fetching import DEFAULT_FOLDER, ShardCache
-from avar_lightning.data.loader import ShardLoader
+from avar_lightning.data.loader import ShardLoader, Time
 from avar_lightning.data.reader import ShardReader
 from avar_lightning.data.shards import find_shards
 from avar_lightning.processing import load_processor, padding_id
@@ -188,6 +189,7 @@ class ShardDataModule(L.LightningDataModule):
             )
             self._loaders[stage] = ShardLoader(
                 reader,
+                clock=_clock(self.trainer) if train else None,
                 num_workers=self.num_workers,
                 max_bad_fraction=self.max_bad_fraction,
                 pin_memory=torch.cuda.is_available(),
@@ -202,3 +204,17 @@ class ShardDataModule(L.LightningDataModule):
             place = getattr(self.trainer.strategy, "distributed_sampler_kwargs", None)
             return (place["rank"], place["num_replicas"]) if place else (0, 1)
         return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _clock(trainer: L.Trainer | None) -> Callable[[], Time | None]:
+    """Reads a trainer's counters, which are right also when a batch is fetched ahead or a step is broken off."""
+    known = weakref.ref(trainer) if trainer is not None else lambda: None
+
+    def now() -> Time | None:
+        trainer = known()
+        if trainer is None or trainer.state.fn != "fit":
+            return None
+        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        return Time(batches.processed, trainer.num_training_batches)
+
+    return now

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +23,19 @@ class TooManyBadSamples(RuntimeError):
     """More samples are bad than the run accepts."""
 
 
+@dataclass(frozen=True)
+class Time:
+    """What a trainer knows of its training.
+
+    Attributes:
+        batches: That were trained in this epoch.
+        limit: After which it ends the epoch.
+    """
+
+    batches: int
+    limit: float
+
+
 class ShardLoader:
     """Iterate the batches of a :class:`ShardReader`, and keep account of what was left out.
 
@@ -32,6 +45,7 @@ class ShardLoader:
 
     Args:
         reader: Where batches come from.
+        clock: What the trainer knows of its training; without it, what was delivered counts as trained.
         num_workers: Processes that read; 0 reads in this one.
         max_bad_fraction: Most samples that may be bad, as a share of those read.
         pin_memory: Copy batches to page-locked memory.
@@ -45,6 +59,7 @@ class ShardLoader:
         self,
         reader: ShardReader,
         *,
+        clock: Callable[[], Time | None] | None = None,
         num_workers: int = 0,
         max_bad_fraction: float = 0.05,
         pin_memory: bool = False,
@@ -53,9 +68,10 @@ class ShardLoader:
         self.reader, self.max_bad_fraction, self.name = reader, max_bad_fraction, name
         self.counts = {"seen": 0, "bad": 0, "too_long": 0}
         self._said: set[str] = set()
+        self._clock = clock or (lambda: None)
         self._plan = _Plan(reader)
-        self._progress = Progress()
-        self._delivered = 0  # batches of the current iteration
+        # Number in the epoch of the batches that were delivered last, and the progress after each.
+        self._delivered: deque[tuple[int, Progress]] = deque([(0, Progress())], maxlen=4)
         # One of the two places where Lightning looks for `set_epoch`; a `sampler` would have to be a real one.
         self.batch_sampler = SimpleNamespace(sampler=self._plan)
         self._loader: DataLoader[Delivery] = DataLoader(
@@ -79,11 +95,16 @@ class ShardLoader:
         self._loader._iterator = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Position in the data after the batches that were delivered, over all processes."""
-        progress = self._progress
-        if self._plan.is_last(progress):
-            progress = Progress(progress.epoch + 1)
-        return {**asdict(progress), "order": self.reader.order_key}
+        """Position in the data after the batches that were trained, over all processes."""
+        time = self._clock()
+        number, progress = self._delivered[-1]
+        if time is not None:
+            # A batch may have been delivered ahead, or be in a step that is not over.
+            trained = (each for each in reversed(self._delivered) if each[0] <= time.batches)
+            number, progress = next(trained, self._delivered[0])
+        if self._plan.is_last(progress) or (time is not None and number == time.batches >= time.limit):
+            number, progress = 0, Progress(progress.epoch + 1)
+        return {**asdict(progress), "batches": number, "order": self.reader.order_key}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where ``state_dict`` was taken: the next iteration reads on, later ones follow from there.
@@ -91,13 +112,18 @@ class ShardLoader:
         Raises:
             ValueError: The state belongs to other data, or another order of it.
         """
-        if state.get("order") != self.reader.order_key:
-            raise ValueError(
-                f"the checkpoint's position in the {self.name} data belongs to {state.get('order')}, and these shards "
-                f"and settings make {self.reader.order_key}; restore them, or start a new run from the exported "
-                "weights (--model.init_args.vlm.pretrained) instead of --ckpt_path"
+        theirs, ours = state.get("order") or {}, self.reader.order_key
+        if theirs != ours:
+            changed = (
+                f"{name} {theirs.get(name)!r}, now {ours[name]!r}" for name in ours if theirs.get(name) != ours[name]
             )
-        self._plan.start = Progress(state["epoch"], state["position"], tuple(state["pending"]))
+            raise ValueError(
+                f"the checkpoint's position in the {self.name} data was taken with {'; '.join(changed)}: restore that, "
+                "or start a new run from the exported weights (--model.init_args.vlm.pretrained) without --ckpt_path"
+            )
+        start = Progress(state["epoch"], state["position"], tuple(state["pending"]))
+        self._plan.go_on(start)
+        self._restart(state["batches"], start)
 
     def __len__(self) -> int:
         if self.reader.num_batches is None:
@@ -105,19 +131,25 @@ class ShardLoader:
         return self.reader.num_batches
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        self._delivered = 0
+        number = self._delivered[-1][0] if self._plan.start is not None else 0
         self._plan.begin()
-        self._progress = self._plan.begun
+        begun = progress = self._plan.begun
+        self._restart(number, begun)
         for delivery in self._loader:
-            self._progress = self._plan.ahead.popleft()
-            self._account(delivery, final=self._plan.is_last(self._progress))
+            progress = self._plan.ahead.popleft()
+            self._account(delivery, final=self._plan.is_last(progress))
             if delivery.batch is not None:
-                self._delivered += 1
+                number += 1
+                self._delivered.append((number, progress))
                 yield delivery.batch
         self._account(Delivery(), final=True)
-        self._progress = Progress(self._progress.epoch + 1)
-        if self._delivered == 0 and self._plan.begun.position == 0:
+        if begun == Progress(begun.epoch) and number == 0:
             raise TooManyBadSamples(self._message("no sample can be used"))
+        self._restart(0, Progress(progress.epoch + 1))
+
+    def _restart(self, number: int, progress: Progress) -> None:
+        self._delivered.clear()
+        self._delivered.append((number, progress))
 
     def _account(self, delivery: Delivery, *, final: bool) -> None:
         """Count and report, and stop the run when too much is bad."""
@@ -162,17 +194,26 @@ class _Plan:
         self.start: Progress | None = None
         self.begun = Progress()
         self.ahead: deque[Progress] = deque()
-        self._epoch, self._shift = 0, 0  # the latter from Lightning's count of epochs to ours
+        self._given: int | None = None  # Lightning's number of the epoch, once it was told since a position was loaded
+        self._shift: int | None = 0  # from there to ours
+        self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch + self._shift
+        if self._shift is None:
+            self._shift = self._epoch - epoch
+        self._given, self._epoch = epoch, epoch + self._shift
+
+    def go_on(self, start: Progress) -> None:
+        """Begin the next iteration there."""
+        self.start, self._given = start, None
 
     def begin(self) -> None:
         """Settle where the next iteration begins."""
         if self.start is not None:
-            # Lightning counts a stopped epoch as finished, or twice; the state knows which epoch comes next.
-            self._shift += self.start.epoch - self._epoch
+            # Lightning counts a stopped epoch as finished, or twice; the state knows which epoch comes next. Where a
+            # batch is fetched ahead, it is asked for before its epoch is told.
             self._epoch = self.start.epoch
+            self._shift = None if self._given is None else self._epoch - self._given
         self.begun, self.start = self.start or Progress(self._epoch), None
 
     def is_last(self, progress: Progress) -> bool:

@@ -1,18 +1,21 @@
 """Places to batches: read, decode, encode, collate; and what happens to unusable samples.
 
 In training such a sample is replaced by another one of the epoch, drawn by its position, so that every batch is full
-on every process. In evaluation each sample is used once; only where a process would make no batch while others do, is
-a sample used again, with ``"repeated": True`` in its columns.
+on every process; a process that gets nothing of a short last batch repeats the first sample of the epoch. In evaluation
+each sample is used once; only where a process would make no batch while others do, is a sample used again, with
+``"repeated": True`` in its columns.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -20,13 +23,14 @@ from torch.utils.data import Dataset
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from avar_lightning.data.collate import Encoded, SampleEncoder, TooLong
-from avar_lightning.data.fetching import ShardCache
+from avar_lightning.data.fetching import FetchError, ShardCache
 from avar_lightning.data.order import EpochOrder, Place, Progress, cut_batches, num_batches, share_of
 from avar_lightning.data.sample import SampleError, parse_sample
 from avar_lightning.data.shards import Shard, is_remote
 from avar_lightning.data.tars import LocalShard, Raw
 
-MAX_OPEN = 64  # shards that a process keeps open
+MAX_OPEN = 256  # shards that a process keeps open,
+MAX_INDEXED = 50_000  # and samples in them, unless a shuffle window has more
 MAX_DRAWS = 200  # samples that are tried in place of an unusable one
 
 
@@ -109,6 +113,7 @@ class ShardReader(Dataset[Delivery]):
         self.length_group, self.drop_last = length_group if train else 0, drop_last and train
         self.encoded: dict[Place, Encoded] | None = {} if cache_encoded else None
         self.cache = cache or ShardCache()
+        self._any_remote = any(is_remote(shard.url) for shard in shards)
         self._files: OrderedDict[int, LocalShard | SampleError] = OrderedDict()
         self._order: EpochOrder | None = None
         self._window = -1  # whose successor is being fetched
@@ -132,8 +137,18 @@ class ShardReader(Dataset[Delivery]):
 
     @property
     def order_key(self) -> dict[str, Any]:
-        """What the order of an epoch depends on."""
-        return {"samples": self.total, "seed": self.seed, "shuffle_window": self.shuffle_window}
+        """What the order of an epoch and its batches depend on; not on where the shards lie."""
+        names = [
+            (shard.url if shard.url.startswith("pipe:") else Path(shard.url).name, shard.samples)
+            for shard in self.shards
+        ]
+        return {
+            "shards": hashlib.sha256(repr(names).encode()).hexdigest()[:16],
+            "samples": self.total,
+            "seed": self.seed,
+            "shuffle_window": self.shuffle_window,
+            "batch_size × processes": self.batch_size * self.world_size,
+        }
 
     def order(self, epoch: int) -> EpochOrder:
         """The order of an epoch, the same on every process and worker."""
@@ -148,6 +163,8 @@ class ShardReader(Dataset[Delivery]):
                 size_of=self._count,
             )
             self._window = -1
+            for index in [index for index, shard in self._files.items() if isinstance(shard, SampleError)]:
+                del self._files[index]  # perhaps it is there now
         return self._order
 
     def tasks(self, start: Progress) -> Iterator[tuple[Task, Progress]]:
@@ -184,9 +201,15 @@ class ShardReader(Dataset[Delivery]):
         return news
 
     def length(self, place: Place) -> float:
-        """About how many tokens a sample has, from its headers alone: its text's bytes and its images' sizes."""
+        """About how many tokens a sample has, from its headers alone: its text's bytes and its images' sizes.
+
+        Raises:
+            RuntimeError: The shard cannot be opened here; other processes, which can, would sort its samples otherwise.
+        """
         shard = self._opened(place[0])
-        if isinstance(shard, SampleError) or place[1] >= len(shard.index.samples):
+        if isinstance(shard, SampleError):
+            raise RuntimeError(f"{shard}; length_group needs every shard on every machine, mend it or set it to 0")
+        if place[1] >= len(shard.index.samples):
             return 0.0
         _, files = shard.index.samples[place[1]]
         sizes = []
@@ -195,6 +218,8 @@ class ShardReader(Dataset[Delivery]):
                 try:
                     with Image.open(_Slice(shard, offset, size)) as image:  # type: ignore[arg-type]
                         sizes.append((image.height, image.width))
+                except _CannotRead:
+                    raise
                 except Exception:  # Pillow's plugins raise anything; who reads the sample will say what is wrong
                     return 0.0
         return files.get("json", (0, 0))[1] / 4 + self.encoder.image_tokens(sizes)
@@ -254,15 +279,19 @@ class ShardReader(Dataset[Delivery]):
             return self._files[index]
         shard = self.shards[index]
         try:
-            found: LocalShard | SampleError = LocalShard(self.cache.path(shard), shard.url, shard.samples)
-        except OSError as error:
+            found: LocalShard | SampleError = LocalShard(self.cache.open(shard), shard.url, shard.samples)
+        except (FileNotFoundError, PermissionError, FetchError) as error:  # others are the machine's, and end the run
             if shard.samples is None:
                 raise RuntimeError(f"{shard.url} cannot be read ({error}); without it the epoch has no end") from error
             found = SampleError(f"{shard.url}: {error}")
         self._files[index] = found
-        if len(self._files) > MAX_OPEN:
+        while len(self._files) > MAX_OPEN or self._indexed > max(MAX_INDEXED, 4 * self.shuffle_window):
             self._files.popitem(last=False)
         return found
+
+    @property
+    def _indexed(self) -> int:
+        return sum(len(shard) for shard in self._files.values() if isinstance(shard, LocalShard))
 
     def _count(self, index: int) -> int:
         shard = self._opened(index)
@@ -271,7 +300,7 @@ class ShardReader(Dataset[Delivery]):
 
     def _fetch_ahead(self, order: EpochOrder, positions: list[int]) -> None:
         """Have the remote shards of the next window come while this one is read."""
-        if not positions or not any(is_remote(shard.url) for shard in self.shards):
+        if not positions or not self._any_remote:
             return
         window = positions[0] // max(order.window, 1)
         if window > self._window:
@@ -281,6 +310,10 @@ class ShardReader(Dataset[Delivery]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": OrderedDict(), "_order": None}  # open files stay in their process
+
+
+class _CannotRead(RuntimeError):
+    """The disk fails, not what is on it."""
 
 
 class _Slice(io.RawIOBase):
@@ -293,7 +326,10 @@ class _Slice(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         left = max(self._size - self._at, 0)
         size = left if size is None or size < 0 else min(size, left)
-        found = self._shard.bytes_of(self._offset + self._at, size)
+        try:
+            found = self._shard.bytes_of(self._offset + self._at, size)
+        except OSError as error:
+            raise _CannotRead(f"{self._shard.url}: {error}") from error
         self._at += size
         return found
 

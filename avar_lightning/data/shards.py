@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urljoin
+from urllib.parse import urljoin, urlsplit
 
 import braceexpand
 import httpx2
-from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from avar_lightning.data.tars import index_tar
 
@@ -74,7 +74,7 @@ def find_shards(spec: str | Path | Sequence[str | Path], *, count: bool = True) 
     if not isinstance(spec, str | Path):
         return [shard for item in spec for shard in find_shards(item, count=count)]
     text = str(spec)
-    if text.endswith(MANIFEST) and (is_remote(text) or Path(text).is_file()):
+    if _is_manifest(text):
         return _shards_of_manifest(text)
     urls = [url for pattern in braceexpand.braceexpand(text) for url in _expand_pattern(pattern, spec=text)]
     if not count:
@@ -88,10 +88,7 @@ def _expand_pattern(pattern: str, *, spec: str) -> list[str]:
         return [pattern]
     path = Path(pattern).expanduser()
     if path.is_dir():
-        if (path / PUBLICATION).exists():
-            raise FileNotFoundError(
-                f"the conversion into the folder {spec} was interrupted; call the same avar convert again to end it"
-            )
+        _refuse_moving(path)
         found = [str(item) for item in sorted(path.glob("*.tar"))]
         if not found:
             raise FileNotFoundError(f"no shard in the folder {spec}; expected .tar files there: write them first")
@@ -102,41 +99,78 @@ def _expand_pattern(pattern: str, *, spec: str) -> list[str]:
             f"no such shard: {pattern}" + (f" (of {spec})" if pattern != spec else "") + "; expected an existing "
             ".tar file, a folder or pattern of them, a pipe: or a URL: correct the path or write the shards"
         )
+    for folder in {Path(item).parent for item in found}:
+        _refuse_moving(folder)
     return found
+
+
+def _refuse_moving(folder: Path) -> None:
+    if (folder / PUBLICATION).exists():
+        raise FileNotFoundError(
+            f"shards were being moved into {folder} when it was interrupted; call what writes them again to end it"
+        )
+
+
+def _is_manifest(text: str) -> bool:
+    if is_remote(text):
+        return text.startswith(("http://", "https://")) and urlsplit(text).path.endswith(f"/{MANIFEST}")
+    return text.endswith(MANIFEST) and Path(text).is_file()
 
 
 def _shards_of_manifest(name: str) -> list[Shard]:
     """Shards beside a manifest, or where it says."""
     text = _download(name) if is_remote(name) else Path(name).read_text()
     try:
-        entries = json.loads(text)["shards"]
-        return [
-            Shard(_beside(name, entry["name"]), int(entry["samples"]), entry.get("bytes"), entry.get("sha256"))
-            for entry in entries
-        ]
+        entries = [(str(entry["name"]), int(entry["samples"]), entry) for entry in json.loads(text)["shards"]]
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{name} is no manifest ({type(error).__name__}: {error}), expected "
             '{"shards": [{"name": …, "samples": …}, …]}; write it again with avar convert or ShardWriter'
         ) from error
+    if not is_remote(name):
+        _refuse_moving(Path(name).parent)
+    return [_listed(name, own, samples, entry) for own, samples, entry in entries]
 
 
-def _beside(manifest: str, name: str) -> str:
+def _listed(manifest: str, name: str, samples: int, entry: dict[str, Any]) -> Shard:
+    known = entry.get("bytes"), entry.get("sha256")
+    if is_remote(manifest):
+        url = urljoin(manifest, name)
+        if not url.startswith(("http://", "https://")):  # a pipe: would run a stranger's command
+            raise ValueError(f"{manifest} lists {name!r}, expected a file beside it or http(s); name others yourself")
+        return Shard(url, samples, *known)
     if is_remote(name):
-        return name
-    return urljoin(manifest, name) if is_remote(manifest) else str(Path(manifest).parent / name)
+        return Shard(name, samples, *known)
+    path = Path(manifest).parent / name
+    return Shard(str(path), _believed(path, samples, known[0]))
 
 
-@retry(
-    retry=retry_if_exception_type(httpx2.TransportError),
-    stop=stop_after_attempt(5),
-    wait=wait_random_exponential(multiplier=0.2, max=10),
-    reraise=True,
-)
+def _believed(path: Path, samples: int, size: int | None) -> int:
+    """What a manifest says of a shard, unless the file is another one."""
+    if size is None or not path.exists() or path.stat().st_size == size:
+        return samples
+    log.warning("%s is not the file that its %s lists; counting its samples again", path, MANIFEST)
+    return _count(path)
+
+
 def _download(url: str) -> str:
-    if not url.startswith(("http://", "https://")):
-        raise ValueError(f"{url}: a manifest is read from a folder, http:// or https://; copy it to one of these")
+    tries = Retrying(
+        retry=retry_if_exception_type((httpx2.TransportError, _Busy)),
+        stop=stop_after_attempt(6),
+        wait=wait_random_exponential(multiplier=0.2, max=10),
+        reraise=True,
+    )
+    return str(tries(_download_once, url))
+
+
+class _Busy(OSError):
+    """A server that may answer later."""
+
+
+def _download_once(url: str) -> str:
     answer = httpx2.get(url, follow_redirects=True)
+    if answer.status_code >= 500 or answer.status_code in (408, 425, 429):
+        raise _Busy(f"{url} answered with status {answer.status_code}; try again when the server is well")
     if answer.status_code >= 400:
         raise FileNotFoundError(f"{url} answered with status {answer.status_code}; expected a {MANIFEST}")
     return answer.text
@@ -151,9 +185,9 @@ def _count_samples(url: str, manifests: dict[Path, dict[str, Any]]) -> int | Non
         entries = json.loads(manifest.read_text())["shards"] if manifest.is_file() else []
         manifests[path.parent] = {entry["name"]: entry for entry in entries}
     entry = manifests[path.parent].get(path.name)
-    if entry is not None:
-        if entry.get("bytes") in (None, path.stat().st_size):
-            return int(entry["samples"])
-        log.warning("%s is not the file that its %s lists; counting its samples again", url, MANIFEST)
+    return _count(path) if entry is None else _believed(path, int(entry["samples"]), entry.get("bytes"))
+
+
+def _count(path: Path) -> int:
     index = index_tar(path)
     return len(index.samples) + bool(index.problem)

@@ -7,7 +7,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import webdataset as wds
 
@@ -30,22 +30,29 @@ class TarIndex:
     problem: str | None = None
 
 
-def index_tar(path: str | Path) -> TarIndex:
+def index_tar(source: str | Path | int) -> TarIndex:
     """Read the headers of a tar, and group its files into samples as WebDataset does.
 
     A sample whose last file is cut off is left out, and what comes before is kept.
 
+    Args:
+        source: Path, or the descriptor of the open file.
+
     Raises:
         ValueError: The file is compressed: no sample can be found in it without reading all before.
+        OSError: It cannot be opened or read.
     """
+    with open(source if not isinstance(source, int) else os.dup(source), "rb") as file:
+        if _is_compressed(file.read(10)):
+            raise ValueError(f"{source} is compressed, expected a plain .tar; decompress it (gunzip, zstd -d) first")
+        return _index(file, os.fstat(file.fileno()).st_size)
+
+
+def _index(file: BinaryIO, size: int) -> TarIndex:
     samples: list[tuple[str, dict[str, Span]]] = []
-    problem = None
+    file.seek(0)
     try:
-        with open(path, "rb") as file:
-            if _is_compressed(file.read(10)):
-                raise ValueError(f"{path} is compressed, expected a plain .tar; decompress it (gunzip, zstd -d) first")
-        size = os.path.getsize(path)
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 key, suffix = wds.tariterators.base_plus_ext(member.name)
                 if not member.isfile() or suffix is None or member.name.startswith("__"):
@@ -57,36 +64,36 @@ def index_tar(path: str | Path) -> TarIndex:
                 samples[-1][1][name] = (member.offset_data, member.size)
                 if member.offset_data + member.size > size:
                     samples.pop()
-                    problem = f"its file {member.name} is cut off"
-                    break
-            assert tar.fileobj is not None
-            tar.fileobj.seek(tar.offset)
-            if problem is None and tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                problem = "it has no end"
-    except (tarfile.TarError, EOFError, OSError) as error:
-        problem = str(error) or type(error).__name__
-    return TarIndex(samples, problem)
+                    return TarIndex(samples, f"its file {member.name} is cut off")
+            file.seek(tar.offset)
+            whole = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+            return TarIndex(samples, None if whole else "it has no end")
+    except (tarfile.TarError, EOFError) as error:
+        return TarIndex(samples, str(error) or type(error).__name__)
 
 
 class LocalShard:
-    """A shard that lies on a local disk.
+    """A shard that lies on a local disk, open.
+
+    It is read by offset, so that it can be shared with forked workers, and it outlives the removal of its name.
 
     Args:
-        path: Of the tar.
+        source: Path of the tar, or the descriptor of the open file, which is closed with this.
         url: What the shard is called in messages.
         expected: Samples that it should hold; those that its headers show when unset.
+
+    Raises:
+        OSError: It cannot be opened or read.
     """
 
-    def __init__(self, path: str | Path, url: str = "", expected: int | None = None) -> None:
-        self.url = url or str(path)
-        self.index = index_tar(path)
-        # Read by offset and never moved, it can be shared with forked workers; it outlives the removal of its name.
-        self._file = None if self.index.problem and not self.index.samples else os.open(path, os.O_RDONLY)
-        self.expected = expected
+    def __init__(self, source: str | Path | int, url: str = "", expected: int | None = None) -> None:
+        self.url, self.expected = url or str(source), expected
+        self._file = source if isinstance(source, int) else os.open(source, os.O_RDONLY)
+        self.index = index_tar(self._file)
 
     def __del__(self) -> None:
-        if getattr(self, "_file", None) is not None:
-            os.close(self._file)  # type: ignore[arg-type]
+        if hasattr(self, "_file"):
+            os.close(self._file)
 
     def __len__(self) -> int:
         """Samples that should be here; a tar that is not whole has one more than it shows."""
@@ -109,7 +116,6 @@ class LocalShard:
 
     def bytes_of(self, offset: int, size: int) -> bytes:
         """Part of the file."""
-        assert self._file is not None
         found = os.pread(self._file, size, offset)
         while len(found) < size:  # the system may hand over less at a time
             more = os.pread(self._file, size - len(found), offset + len(found))
@@ -124,7 +130,10 @@ def read_shard(path: str | Path, expected: int | None = None) -> Iterator[Raw]:
 
     A `SampleError` stands for every sample that a missing, cut or damaged tar should have had.
     """
-    shard = LocalShard(path, expected=expected)
+    try:
+        shard = LocalShard(path, expected=expected)
+    except FileNotFoundError as error:
+        return iter([SampleError(f"{path}: {error.strerror}")] * (expected or 1))
     return map(shard.read, range(len(shard)))
 
 

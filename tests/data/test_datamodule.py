@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import ProcessorMixin
 
 from avar_lightning.data import ShardDataModule
@@ -46,7 +47,7 @@ def fit(
         accelerator="cpu",
         devices=1,
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing="callbacks" in options,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
@@ -91,6 +92,68 @@ def test_a_run_resumes_with_the_next_batch(
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     rest, _ = fit(tmp_path, data(), tmp_path / "half.ckpt", max_steps=12)
     assert half.heard["train"] + rest.heard["train"] == whole.heard["train"]
+
+
+@pytest.mark.parametrize("steps", [2, 4, 6, 8])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_shards_of_unknown_size_resume_too(
+    tmp_path: Path, shards: Callable[..., str], processor: ProcessorMixin, steps: int, num_workers: int
+):
+    """Lightning then asks for a batch more than it trains on, before it tells the epoch."""
+    folder = shards(12, 5)
+    pipes = [f"pipe:cat {folder}/shard-{number:06d}.tar" for number in range(3)]
+
+    def data() -> ShardDataModule:
+        cache = str(tmp_path / "cache")
+        return ShardDataModule(
+            train=pipes, processor=processor, batch_size=2, num_workers=num_workers, cache_folder=cache
+        )
+
+    whole, _ = fit(tmp_path, data(), max_steps=14)
+    half, trainer = fit(tmp_path, data(), max_steps=steps)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    rest, _ = fit(tmp_path, data(), tmp_path / "half.ckpt", max_steps=14)
+    assert half.heard["train"] + rest.heard["train"] == whole.heard["train"]
+
+
+def test_a_step_that_was_broken_off_is_made_again(
+    tmp_path: Path, shards: Callable[..., str], processor: ProcessorMixin
+):
+    folder = shards(12, 5)
+
+    def data() -> ShardDataModule:
+        return ShardDataModule(train=folder, processor=processor, batch_size=2, num_workers=0)
+
+    class Breaks(L.Callback):
+        def on_before_backward(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step == 3:
+                raise RuntimeError("broke")
+
+    whole, _ = fit(tmp_path, data(), max_steps=8)
+    saving = ModelCheckpoint(tmp_path, filename="saved", save_on_exception=True)
+    with pytest.raises(RuntimeError, match="broke"):
+        fit(tmp_path, data(), max_steps=8, callbacks=[Breaks(), saving])
+    (saved,) = tmp_path.glob("*.ckpt")
+    rest, _ = fit(tmp_path, data(), saved, max_steps=8)
+    assert rest.heard["train"] == whole.heard["train"][3:]
+
+
+@pytest.mark.parametrize("step", [2, 3, 4, 5])
+def test_short_epochs_resume(tmp_path: Path, shards: Callable[..., str], processor: ProcessorMixin, step: int):
+    """Under `limit_train_batches` an epoch ends before its data does; also when it is saved right there."""
+    folder = shards(12, 5)
+
+    def data() -> ShardDataModule:
+        return ShardDataModule(train=folder, processor=processor, batch_size=2, num_workers=0)
+
+    options = {"max_epochs": 3, "limit_train_batches": 4}
+    whole, _ = fit(tmp_path, data(), **options)
+    assert len(whole.heard["train"]) == 12
+    saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=step, save_top_k=-1)
+    fit(tmp_path, data(), callbacks=[saving], **options)
+    rest, trainer = fit(tmp_path, data(), tmp_path / f"step={step}.ckpt", **options)
+    assert rest.heard["train"] == whole.heard["train"][step:]
+    assert trainer.global_step == 12
 
 
 def test_what_was_left_out_is_said_at_the_end(tmp_path: Path, processor: ProcessorMixin):

@@ -4,6 +4,7 @@ import functools
 import http.server
 import json
 import multiprocessing
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,23 +13,27 @@ from typing import Any
 
 import pytest
 
-from avar_lightning.data import ShardDataModule, ShardLoader, find_shards
-from avar_lightning.data.fetching import ShardCache
+from avar_lightning.data import SampleError, ShardDataModule, ShardLoader, find_shards, write_shards
+from avar_lightning.data.fetching import FetchError, ShardCache
 from avar_lightning.data.shards import MANIFEST, Shard
+from avar_lightning.data.tars import LocalShard
+from tests.data.conftest import make_sample
 
 
 class FileServer:
     """Serves a folder with byte ranges.
 
     Attributes:
-        faults: What happens to the next requests for tars: a status, "drop" after a part of the file, "short" (no range
-            is honoured and the rest never comes), or "other" (bytes that are not the file's).
+        faults: What happens to the next requests for tars: a status, "drop" after a part of the file, "other" (bytes
+            that are not the file's), or something to call before.
+        manifest_faults: The same for the others.
         requests: Path and range of each request.
         ranges: Whether it can go on in the middle of a file.
     """
 
     def __init__(self, folder: str) -> None:
         self.faults: list[Any] = []
+        self.manifest_faults: list[Any] = []
         self.requests: list[tuple[str, str | None]] = []
         self.ranges = True
         handler = functools.partial(type("Handler", (_Handler,), {"state": self}), directory=folder)
@@ -43,7 +48,10 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
     def do_GET(self) -> None:
         wanted = self.headers.get("Range") if self.state.ranges else None
         self.state.requests.append((self.path, self.headers.get("Range")))
-        fault = self.state.faults.pop(0) if self.state.faults and self.path.endswith(".tar") else None
+        faults = self.state.faults if self.path.endswith(".tar") else self.state.manifest_faults
+        fault = faults.pop(0) if faults else None
+        if callable(fault):
+            fault = fault() and None
         if isinstance(fault, int):
             return self.send_error(fault)
         path = Path(self.translate_path(self.path))
@@ -53,8 +61,15 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
         first = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted else 0
         if first >= len(data):
             return self.send_error(416)
-        data = bytes(len(data)) if fault == "other" else data[first:]
+        version = f'"{hash(data)}"'
+        if wanted and self.headers.get("If-Range") != version:
+            wanted, first = None, 0
+        whole = len(data)
+        data = bytes(whole) if fault == "other" else data[first:]
         self.send_response(206 if wanted else 200)
+        self.send_header("ETag", version)
+        if wanted:
+            self.send_header("Content-Range", f"bytes {first}-{whole - 1}/{whole}")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data[: len(data) // 2] if fault == "drop" else data)
@@ -90,6 +105,65 @@ def test_a_broken_transfer_goes_on_where_it_broke_off(served: FileServer, cache:
     assert cache.path(shard).read_bytes() == original
     assert len(served.requests) == 5  # kept
     assert not list(cache.folder.glob("*.part"))
+
+
+def test_a_shard_that_changes_on_its_way_is_fetched_anew(served: FileServer, cache: ShardCache, tmp_path: Path):
+    """The rest of the newer version must not be put behind the beginning of the older one."""
+    path = tmp_path / "shards" / "shard-000000.tar"
+    newer = path.read_bytes().replace(b"Which cell", b"Whose cell")
+    assert len(newer) == path.stat().st_size
+    served.faults += ["drop", lambda: path.write_bytes(newer)]
+    assert cache.path(Shard(f"{served.url}/shard-000000.tar")).read_bytes() == newer
+
+
+def test_another_version_is_another_file(served: FileServer, cache: ShardCache, tmp_path: Path):
+    spec = f"{served.url}/{MANIFEST}"
+    before = [cache.path(shard) for shard in find_shards(spec)]
+    write_shards([make_sample(i, words=5) for i in range(20)], tmp_path / "shards", samples_per_shard=5, overwrite=True)
+    after = [cache.path(shard) for shard in find_shards(spec)]
+    assert not {*before} & {*after}
+    assert all(
+        path.read_bytes() == (tmp_path / "shards" / f"shard-{i:06d}.tar").read_bytes() for i, path in enumerate(after)
+    )
+
+
+def test_a_command_that_ends_before_the_tar_does_is_not_believed(shards: Callable[..., str], tmp_path: Path):
+    pipe = f"pipe:head -c 3000 {shards(4)}/shard-000000.tar"
+    with pytest.raises(FetchError, match="could not be fetched"):
+        ShardCache(tmp_path / "cache", patience=0.2).open(Shard(pipe))
+
+
+def test_a_fetched_manifest_runs_no_commands(served: FileServer, tmp_path: Path):
+    listed = [{"name": f"pipe:touch {tmp_path}/ran", "samples": 1}]
+    (tmp_path / "shards" / MANIFEST).write_text(json.dumps({"shards": listed}))
+    with pytest.raises(ValueError, match=r"lists 'pipe:.*expected a file beside it or http"):
+        find_shards(f"{served.url}/{MANIFEST}")
+
+
+def test_a_busy_server_is_asked_again_for_its_manifest(served: FileServer):
+    served.manifest_faults += [503, 429]
+    assert len(find_shards(f"{served.url}/{MANIFEST}?signature=x")) == 4
+
+
+def test_processes_that_share_little_room_lose_nothing(served: FileServer, cache: ShardCache):
+    """One makes room with what another is about to open."""
+    found = find_shards(f"{served.url}/{MANIFEST}")
+    limit = 1.5 * max(shard.bytes or 0 for shard in found)
+
+    def work(seed: int) -> None:
+        rng, small = random.Random(seed), ShardCache(cache.folder, limit=limit)
+        for _ in range(60):
+            shard = rng.choice(found)
+            local = LocalShard(small.open(shard), shard.url, shard.samples)
+            assert not isinstance(local.read(4), SampleError)
+
+    fork = multiprocessing.get_context("fork")
+    workers = [fork.Process(target=work, args=(seed,)) for seed in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0] * 3
 
 
 def test_a_server_without_ranges_is_asked_for_the_whole_again(served: FileServer, cache: ShardCache, tmp_path: Path):

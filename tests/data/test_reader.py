@@ -265,21 +265,24 @@ def test_who_reads_changes_nothing(shards: Callable[..., str], build: Build, opt
 
 @pytest.mark.parametrize("group", [0, 12])
 def test_a_run_may_go_on_with_others(shards: Callable[..., str], build: Build, group: int):
-    """With more processes, other batches and other workers, every sample of the epoch still comes once."""
+    """With more processes and other workers, the steps that follow are the same."""
     folder = shards(48, 5, words=lambda index: 1 + index * 7 % 13)
     options = {"seed": 3, "length_group": group}
-    first = iter(alone := build(folder, batch_size=2, num_workers=2, **options))
-    seen = flat([next(first) for _ in range(5)])
-    state = alone.state_dict()
-    for rank in range(2):
-        other = build(folder, batch_size=3, rank=rank, world_size=2, num_workers=rank, **options)
-        other.load_state_dict(state)
-        batches = iter(other)
-        seen += flat([next(batches) for _ in range(3)])
-    last = build(folder, batch_size=4, **options)
-    last.load_state_dict(other.state_dict())
-    seen += flat(last)
-    assert sorted(seen) == list(range(48))
+    expected = list(map(sorted, indices(build(folder, batch_size=6, **options))))
+    first = iter(alone := build(folder, batch_size=6, num_workers=2, **options))
+    seen = indices(next(first) for _ in range(2))
+    for world_size, steps in ((2, 3), (3, 3)):
+        state = alone.state_dict()
+        ranks = [
+            build(folder, batch_size=6 // world_size, rank=rank, world_size=world_size, num_workers=rank, **options)
+            for rank in range(world_size)
+        ]
+        for rank in ranks:
+            rank.load_state_dict(state)
+        parts = [indices(next(batches) for _ in range(steps)) for batches in map(iter, ranks)]
+        seen += map(flattened, zip(*parts, strict=True))
+        alone = ranks[-1]
+    assert list(map(sorted, seen)) == expected
 
 
 def test_what_replaces_an_unusable_sample_depends_on_nobody(shards: Callable[..., str], build: Build):
@@ -296,9 +299,35 @@ def test_what_replaces_an_unusable_sample_depends_on_nobody(shards: Callable[...
 
 def test_a_position_in_other_data_is_refused(shards: Callable[..., str], build: Build):
     state = build(shards(8), seed=1).state_dict()
-    for other in (build(shards(9, name="more"), seed=1), build(shards(8, name="same"), seed=2)):
-        with pytest.raises(ValueError, match=r"position in the train data belongs to .*restore them, or start a new"):
+    for other, says in (
+        (build(shards(9, name="more"), seed=1), "samples 8, now 9"),
+        (build(shards(8, 3, name="smaller"), seed=1), "shards '.*', now '.*'"),
+        (build(same := shards(8, name="same"), seed=2), "seed 1, now 2"),
+        (build(same, seed=1, batch_size=4), "batch_size × processes 2, now 4"),
+    ):
+        with pytest.raises(ValueError, match=rf"position in the train data was taken with .*{says}.*: restore that"):
             other.load_state_dict(state)
+    build(shards(8, name="elsewhere"), seed=1).load_state_dict(state)
+
+
+def test_a_position_that_was_loaded_is_not_forgotten(shards: Callable[..., str], build: Build):
+    """Also where a checkpoint is saved before the first step."""
+    loader = build(folder := shards(8))
+    next(iter(loader))
+    state = loader.state_dict()
+    assert state["position"] == 2
+    again = build(folder)
+    again.load_state_dict(state)
+    assert again.state_dict() == state
+
+
+def test_length_groups_need_every_shard(shards: Callable[..., str], build: Build):
+    """A process that took a lost shard's lengths for nothing would order samples otherwise than the others."""
+    folder = shards(16, 4)
+    loader = build(folder, length_group=8)
+    Path(folder, "shard-000001.tar").unlink()
+    with pytest.raises(RuntimeError, match=r"shard-000001.tar: .*length_group needs every shard on every machine"):
+        list(loader)
 
 
 def test_cached_samples_are_the_same_samples(shards: Callable[..., str], build: Build, monkeypatch: pytest.MonkeyPatch):

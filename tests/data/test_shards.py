@@ -187,5 +187,14 @@ def test_shards_that_are_being_moved_are_no_data_set(shards: Callable[..., str])
     folder = shards(3)
     (Path(folder) / PUBLICATION).parent.mkdir()
     (Path(folder) / PUBLICATION).touch()
-    with pytest.raises(FileNotFoundError, match=r"conversion into the folder .* was interrupted; call the same"):
+    with pytest.raises(FileNotFoundError, match=r"being moved into .* interrupted; call what writes"):
         find_shards(folder)
+    for spec in (f"{folder}/*.tar", f"{folder}/shard-{{000000..000000}}.tar", f"{folder}/{MANIFEST}"):
+        with pytest.raises(FileNotFoundError, match="being moved into"):
+            find_shards(spec)
+
+
+def test_a_manifest_that_is_named_is_checked_like_one_that_is_found(shards: Callable[..., str]):
+    folder = Path(shards(3))
+    write_tar(folder / "shard-000000.tar", {f"k{i}": sample_files(make_sample(i)) for i in range(5)})
+    assert [shard.samples for shard in find_shards(str(folder / MANIFEST))] == [5]
