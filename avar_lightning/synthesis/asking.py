@@ -122,8 +122,8 @@ class Asker:
         try:
             return await self.endpoints[call.stage.name].ask(call, key, body)
         except Unanswerable as error:
-            self.journal.refused(key, refusal := Answer(refused=str(error)))
-            return refusal
+            self.journal.refused(call.stage.name, key, str(error))
+            return Answer(refused=str(error))
 
 
 def replay(item: Item, stages: Mapping[str, Stage], config: SynthesisConfig, journal: Journal) -> Outcome | None:

@@ -16,8 +16,10 @@ class BudgetSpent(Exception):
 class Budget:
     """Lets requests through while all that they may take still fits, and keeps the journal's book.
 
-    A request reserves the most tokens that it may take, so that what is on its way never exceeds the limit; one that
-    does not fit waits until others are answered and have taken less. Retries are requests too. A request whose answer
+    A request reserves the most tokens that it is thought to take, `max_tokens` and an estimate of its prompt; one that
+    does not fit waits until others are answered and have taken less. Servers may count a prompt's tokens, those of
+    images above all, as more than was reserved, and what was on its way then goes over the limit by so much: nothing
+    more is sent from there on. Retries are requests too. A request whose answer
     was lost on the way (time-out, broken connection) counts all tokens that it may have taken, since the server may
     charge them; one that was turned away (429, 5xx) counts none.
     """
@@ -52,14 +54,14 @@ class Budget:
         self.stopped = True
         self._settle()
 
-    def failed(self, number: int, why: str, tokens: int | None = None) -> None:
+    def failed(self, number: int, why: str, tokens: int | None = None, *, empty: str = "") -> None:
         """A request came to nothing."""
-        self.journal.failed(number, why, tokens)
+        self.journal.failed(number, why, tokens, empty=empty)
         self._settle()
 
-    def answered(self, number: int, key: str, answer: Answer) -> None:
+    def answered(self, number: int, key: str, answer: Answer, settings: str) -> None:
         """A request was answered."""
-        self.journal.answered(number, key, answer)
+        self.journal.answered(number, key, answer, settings)
         self._settle()
 
     def _settle(self) -> None:

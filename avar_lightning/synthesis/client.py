@@ -1,7 +1,7 @@
 """Calls to OpenAI-compatible servers: sent with the `openai` client, and tried again until they are answered whole.
 
-The key is read from the environment, handed to the client and kept nowhere else; whatever a server says is freed of it
-before it is shown or written.
+The key is read from the environment and handed to the client. Errors of a server are freed of it before they are shown
+or written; answers are taken as they are or, where one repeats the key, not at all.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from tenacity.wait import wait_random_exponential
 
 from avar_lightning.synthesis.budget import Budget
 from avar_lightning.synthesis.config import DEMO
+from avar_lightning.synthesis.journal import settings_of
+from avar_lightning.synthesis.secret import Secret
 from avar_lightning.synthesis.stages import Answer, Call, Stage
 from avar_lightning.synthesis.wire import Trouble, prompt_estimate, read_answer
 
@@ -36,7 +38,15 @@ Answering = Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]
 
 
 class Unanswerable(Exception):
-    """The server will not answer this sample; others may be answered."""
+    """The server will not answer this sample; others may be answered.
+
+    Attributes:
+        tokens: That the last try cost.
+    """
+
+    def __init__(self, why: str, tokens: int | None = 0) -> None:
+        super().__init__(why)
+        self.tokens = tokens
 
 
 class EndpointError(RuntimeError):
@@ -71,12 +81,12 @@ class Endpoint:
     ) -> None:
         self.stage, self.budget, self.patience, self.max_wait = stage, budget, patience, max_wait
         config = stage.config
-        self._secret = config.api_key
+        self._secret, self._settings = Secret(config.api_key), settings_of(stage)
         self._last_answer = 0.0
         self._openai = _openai()
         self._client = self._openai.AsyncOpenAI(
             base_url="http://demo.invalid/v1" if config.base_url == DEMO else config.base_url,
-            api_key=self._secret or "none",  # servers without keys ignore it; unset, the client would look for one
+            api_key=config.api_key or "none",  # servers without keys ignore it; unset, the client would look for one
             organization="",
             project="",
             timeout=config.timeout,
@@ -96,17 +106,16 @@ class Endpoint:
             Unanswerable: The server will not or cannot answer this sample.
             EndpointError: The server refuses in a way that holds for every sample, or is away.
         """
-        begun, unusable = time.monotonic(), 0
+        self._refuse_empty(key)
+        begun = time.monotonic()
         tries = AsyncRetrying(retry=retry_if_exception_type(Trouble), stop=_Patience(self.patience), wait=self._wait)
         try:
             async for attempt in tries:
                 with attempt:
                     try:
                         return await self._once(call, key, body)
-                    except Trouble as trouble:
-                        unusable += trouble.unusable
-                        if unusable >= MAX_UNUSABLE:
-                            raise Unanswerable(f"{unusable} answers held nothing (last: {trouble})") from trouble
+                    except Trouble:
+                        self._refuse_empty(key)
                         raise
         except RetryError as error:
             last, count = error.last_attempt.exception(), error.last_attempt.attempt_number
@@ -125,16 +134,21 @@ class Endpoint:
         number = await self.budget.reserve(self.stage.name, most)
         try:
             answer = read_answer(await self._send(body), call)
+            if self._secret.is_in(f"{answer.content}\n{answer.reasoning}\n{answer.finish_reason}"):
+                raise Unanswerable("the answer repeats the key", answer.prompt_tokens + answer.completion_tokens)
         except Trouble as trouble:
-            self.budget.failed(number, str(trouble), trouble.tokens)
+            self.budget.failed(number, str(trouble), trouble.tokens, empty=key if trouble.unusable else "")
             raise
-        except (Unanswerable, EndpointError) as refusal:
+        except Unanswerable as refusal:
+            self.budget.failed(number, str(refusal), refusal.tokens)
+            raise
+        except EndpointError as refusal:
             self.budget.failed(number, str(refusal), 0)
             raise
         except BaseException as ended:  # cancelled: nobody will hear the answer
             self.budget.failed(number, type(ended).__name__)
             raise
-        self.budget.answered(number, key, answer)
+        self.budget.answered(number, key, answer, self._settings)
         self._last_answer = time.monotonic()
         return answer
 
@@ -144,23 +158,31 @@ class Endpoint:
         try:
             # Raw: how an answer is incomplete is for us to see, not for the client's models to fill in.
             response = await self._client.chat.completions.with_raw_response.create(**body)
-            return self._clean(response.text)
+            return str(response.text)
         except openai.APITimeoutError as error:
             raise Trouble(f"no answer within {self.stage.config.timeout:g} s", None) from error
         except openai.APIConnectionError as error:
             never_sent = isinstance(error.__cause__, httpx2.ConnectError)
-            raise Trouble(self._clean(f"{error.__cause__!r}"), 0 if never_sent else None) from error
+            raise Trouble(self._said_by(error.__cause__ or error), 0 if never_sent else None) from error
         except openai.APIStatusError as error:
             raise self._refusal(error.status_code, error.response) from None
         except (httpx2.HTTPError, ValueError) as error:  # an answer that broke off, or is no text
-            raise Trouble(self._clean(f"{type(error).__name__}: {error}"), None) from error
+            raise Trouble(self._said_by(error), None) from error
+
+    def _refuse_empty(self, key: str) -> None:
+        """Give a call up whose answers held nothing so often, in this run and those before."""
+        count, last = self.budget.journal.empty(key)
+        if count >= MAX_UNUSABLE:
+            raise Unanswerable(f"{count} answers held nothing (last: {last})")
 
     def _refusal(self, status: int, response: httpx2.Response) -> Exception:
-        said = self._clean(" ".join(response.text.split()))[:300]
+        whole = " ".join(response.text.split())
+        said = self._secret.clean(whole)[:300]
         if status in (408, 409, 425, 429) or status >= 500:
             return Trouble(f"status {status}: {said}", 0, wait=retry_after(response.headers.get("retry-after")))
-        # A server that has answered others so far understands the settings.
-        if status in (400, 413, 422) and (_UNANSWERABLE.search(said) or self._last_answer):
+        # Where others were answered, in this run or before, the settings are understood.
+        answered = self.budget.journal.has_answered(self._settings)
+        if status in (400, 413, 422) and (answered or _UNANSWERABLE.search(whole)):
             return Unanswerable(f"status {status}: {said}")
         where, variable = f"stages.{self.stage.name}", self.stage.config.api_key_variable
         unnamed = f"name the environment variable that holds the server's key in {where}.api_key_variable"
@@ -180,8 +202,10 @@ class Endpoint:
     def _name(self) -> str:
         return f"{self.stage.config.base_url} (stage {self.stage.name}, model {self.stage.config.model})"
 
-    def _clean(self, text: str) -> str:
-        return text.replace(self._secret, "[key]") if self._secret else text
+    def _said_by(self, error: BaseException) -> str:
+        # What cannot be sent is quoted with its headers, and so with the key, in whatever form.
+        said = "" if isinstance(error, httpx2.LocalProtocolError) else self._secret.clean(str(error))
+        return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 def retry_after(header: str | None) -> float:

@@ -67,11 +67,16 @@ class StageConfig:
         """The key, read anew each time so that no configuration holds it."""
         if self.api_key_variable is None:
             return None
-        key = os.environ.get(self.api_key_variable, "").strip()
+        key = os.environ.get(self.api_key_variable, "").strip()  # files end with a line end
         if not key:
             raise ValueError(
                 f"the environment variable {self.api_key_variable} is not set, expected the key of {self.base_url}; "
                 "export it, or leave api_key_variable out for a server without keys."
+            )
+        if not re.fullmatch(r"[!-~]+", key):  # not said: most of it is the key
+            raise ValueError(
+                f"the environment variable {self.api_key_variable} has blanks, line ends, control or non-ASCII "
+                "characters inside, expected one key in one line; export the key alone."
             )
         return key
 
@@ -121,7 +126,7 @@ class SynthesisConfig:
     max_requests: int | None = None
     """Most requests in the life of the journal, each try counted."""
     max_tokens: int | None = None
-    """Most tokens in the life of the journal, of prompts and answers."""
+    """Most tokens in the life of the journal, of prompts and answers; prompts on their way are estimated."""
     patience: float = 900.0
     """Seconds for which one call is tried again after it first failed."""
     max_wait: float = 60.0
@@ -136,6 +141,8 @@ class SynthesisConfig:
     """In which images are sent and written; jpg is smaller for photographs."""
     samples_per_shard: int = 1000
     """Size of every shard but the last."""
+    retry_refused: bool = False
+    """Ask again for samples that a server refused in an earlier run; on every call for as long as it is set."""
     overwrite: bool = False
     """Replace shards in `output` that another input or another program left there."""
     progress: bool = True

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -16,6 +17,9 @@ from typing import Any
 
 from PIL import Image
 
+from avar_lightning.conversion.images import ImageFolder
+from avar_lightning.conversion.rejecting import BadRecord, short
+from avar_lightning.conversion.textfiles import JsonFiles
 from avar_lightning.data import Sample, SampleError, ShardCache, find_shards, parse_sample, read_shard
 from avar_lightning.data.demo import demo_samples
 from avar_lightning.synthesis.config import DEMO, SynthesisConfig
@@ -81,8 +85,8 @@ def count_items(config: SynthesisConfig) -> int | None:
     if config.input == DEMO:
         count: int | None = config.demo.num_samples
     elif config.input.endswith(JSONL):
-        with _existing(config.input).open("rb") as file:
-            count = sum(bool(line.strip()) for line in file)
+        path = _existing(config.input)
+        count = sum(1 for _ in JsonFiles([path], path.parent).addresses())
     else:
         counts = [shard.samples for shard in find_shards(config.input)]
         count = None if None in counts else sum(number or 0 for number in counts)
@@ -109,48 +113,41 @@ def _items_of_shards(config: SynthesisConfig) -> Iterator[Item]:
 
 
 def _items_of_jsonl(path: Path, config: SynthesisConfig) -> Iterator[Item]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path.name}:{number}"
-            if line.strip():
-                try:
-                    yield _item(_sample_of_line(line, path, number), where, config)
-                except ValueError as error:
-                    yield Item(where, problem=f"{where}: {error}")
+    records, images = JsonFiles([path], path.parent), ImageFolder(path.parent)
+    for place, record in records.read(records.addresses()):
+        where = Path(place).name
+        try:
+            if isinstance(record, BadRecord):
+                raise record
+            yield _item(_sample_of_record(record, where, images), where, config)
+        except ValueError as error:
+            yield Item(where, problem=f"{where}: {error}")
 
 
-def _sample_of_line(line: bytes, path: Path, number: int) -> Sample:
-    """The sample of one JSON line, with its images as `parse_sample` decodes them."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"no JSON ({error}); expected one object a line") from error
-    question = row.pop("question", None) if isinstance(row, dict) else None
+def _sample_of_record(row: dict[str, Any], where: str, folder: ImageFolder) -> Sample:
+    """The sample of one record, with its images as `parse_sample` decodes them."""
+    question = row.pop("question", None)
     if not isinstance(question, str) or not question.strip():
-        raise ValueError(f"question is {question!r}; expected an object with a text there")
+        raise ValueError(f"question is {short(question)}; expected a text")
     images = row.pop("image", None) or row.pop("images", None) or []
-    names = [images] if isinstance(images, str) else images
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"image is {names!r}; expected a path relative to the file, or a list of these")
-    parts: list[dict[str, str]] = [{"type": "image"} for _ in names]
+    references = images if isinstance(images, list) else [images]
+    parts: list[dict[str, str]] = [{"type": "image"} for _ in references]
     text = with_options(question.strip(), row.get("options"))
     row["messages"] = [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
-    raw: dict[str, Any] = {"__key__": f"{path.stem}-{number:08d}", "__url__": path.name}
+    name, _, line = where.rpartition(":")
+    raw: dict[str, Any] = {"__key__": f"{Path(name).stem}-{int(line):08d}", "__url__": name}
     raw["json"] = json.dumps(row).encode()
-    raw |= {f"{index}.png": _bytes_of(name, path.parent) for index, name in enumerate(names)}
+    for index, reference in enumerate(references):
+        suffix, raw_image = _load_image(reference, folder)
+        raw[f"{index}.{suffix}"] = raw_image
     return parse_sample(raw)
 
 
-def _bytes_of(name: str, folder: Path) -> bytes:
-    """An image file's content, of this folder and no other."""
-    inside = folder.resolve()
-    path = (inside / name).resolve()
-    if not path.is_relative_to(inside):
-        raise ValueError(f"the image {name!r} lies outside of {folder}; expected a path inside the JSONL's folder")
+def _load_image(reference: Any, folder: ImageFolder) -> tuple[str, bytes]:
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"the image {name!r} cannot be read ({error.strerror}); expected a file there") from error
+        return folder.load(reference)
+    except BadRecord as error:  # without the option of `avar convert` that it names
+        raise ValueError(error.reason.partition(" (--images ")[0]) from error
 
 
 def _item(sample: Sample, where: str, config: SynthesisConfig) -> Item:
@@ -195,30 +192,40 @@ def text_of(content: str | Sequence[Mapping[str, Any]]) -> str:
 
 
 def options_text(options: Any) -> str:
-    """Options of multiple choice, one a line.
+    """Options of multiple choice, one a line, as `avar convert` writes them.
 
     >>> options_text(["a cat", "a dog"])
-    '(A) a cat\\n(B) a dog'
+    'A. a cat\\nB. a dog'
     """
-    return "\n".join(f"({letter}) {text}" for letter, text in _lettered(options))
+    texts = _by_letter(options)
+    own = all(text.startswith((f"{letter}.", f"({letter})", f"{letter})", f"{letter}:"))
+              for letter, text in texts.items())  # fmt: skip
+    return "\n".join(text if own else f"{letter}. {text}" for letter, text in texts.items())
 
 
 def with_options(question: str, options: Any) -> str:
-    """A question that shows its options, which many already do.
+    """A question that shows its options with their letters, which many already do.
 
-    >>> with_options("Which? A. cat B. dog", ["cat", "dog"])
-    'Which? A. cat B. dog'
+    >>> with_options("Which? (A) cat (B) dog", ["cat", "dog"])
+    'Which? (A) cat (B) dog'
+    >>> with_options("Are there 1 or 2?", ["1", "2"])
+    'Are there 1 or 2?\\nA. 1\\nB. 2'
     """
-    missing = [text for _, text in _lettered(options) if text not in question]
-    return f"{question}\n{options_text(options)}" if missing else question
+    shown = all(_shows(question, letter, text) for letter, text in _by_letter(options).items())
+    return question if shown else f"{question}\n{options_text(options)}"
 
 
-def _lettered(options: Any) -> list[tuple[str, str]]:
+def _shows(question: str, letter: str, text: str) -> bool:
+    text = re.sub(rf"^\(?{re.escape(letter)}[.):]\s*", "", text)  # some options bring their letters along
+    return re.search(rf"(?<!\w)\(?{re.escape(letter)}[.):]\s*{re.escape(text)}(?!\w)", question) is not None
+
+
+def _by_letter(options: Any) -> dict[str, str]:
     if isinstance(options, Mapping):
         pairs = [(str(letter), text) for letter, text in options.items()]
     else:
         pairs = list(zip(ascii_uppercase, options)) if isinstance(options, list | tuple) else []
-    return [(letter, str(text)) for letter, text in pairs if text is not None]
+    return {letter: str(text) for letter, text in pairs if text is not None}
 
 
 def fingerprint(image: Image.Image) -> str:

@@ -1,7 +1,7 @@
 """The journal of a synthesis: every request that was sent and every answer that came, on disk before it is used.
 
-One JSON object a line: `sent` before a request leaves, then `failed` or `answer`. What was sent and has neither was on
-its way when the process ended; it counts as spent, and is asked again.
+One JSON object a line: `sent` before a request leaves, then `failed` or `answer`; `refused` when a call is given up.
+What was sent and has neither was on its way when the process ended; it counts as spent, and is asked again.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from avar_lightning.files import json_line
-from avar_lightning.synthesis.stages import Answer, Call
+from avar_lightning.synthesis.stages import Answer, Call, Stage
 
 VERSION = 1
 _ANSWER = tuple(each.name for each in fields(Answer))
@@ -56,29 +57,42 @@ def key_of(call: Call, seed: int | None) -> str:
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def settings_of(stage: Stage) -> str:
+    """The same for requests that a server understands alike, wherever it is."""
+    config = stage.config
+    sent = [stage.name, config.model, config.temperature, config.top_p, config.max_tokens, config.max_tokens_field,
+            config.extra, stage.sends_image]  # fmt: skip
+    return hashlib.sha256(json.dumps(sent, sort_keys=True).encode()).hexdigest()[:16]
+
+
 class Journal:
     """An append-only file that one process may write.
 
-    Answers stay on disk; only where they are is kept in memory.
+    Answers and refusals stay on disk; only where they are is kept in memory.
 
     Args:
         path: Of the file; made if missing.
         source: What the calls are about; a journal of another input is refused.
         other_input: Take it over all the same.
+        retry_refused: Forget the refusals of earlier runs.
 
     Raises:
-        RuntimeError: Another process writes it.
+        RuntimeError: Another process writes it, or it cannot be written; this one also from all that writes.
         ValueError: It is no journal, or one of another input.
     """
 
-    def __init__(self, path: str | Path, source: str, *, other_input: bool = False) -> None:
+    def __init__(
+        self, path: str | Path, source: str, *, other_input: bool = False, retry_refused: bool = False
+    ) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         self.spent: dict[str, Spent] = {}
         self._places: dict[str, tuple[int, int]] = {}
         self._open: dict[int, tuple[str, int]] = {}
-        self._refused: dict[str, Answer] = {}
+        self._empty: dict[str, tuple[int, str]] = {}
+        self._understood: set[str] = set()
+        self._retry_refused, self._broken = retry_refused, ""
         self._count = 0
         try:
             self._lock()
@@ -97,9 +111,7 @@ class Journal:
             self._file = -1
 
     def find(self, key: str) -> Answer | None:
-        """The answer to a call, if there is one."""
-        if key in self._refused:
-            return self._refused[key]
+        """The answer to a call, or its refusal, if there is one."""
         place = self._places.get(key)
         if place is None:
             return None
@@ -114,23 +126,37 @@ class Journal:
         self._open[self._count] = stage, tokens
         return self._count
 
-    def failed(self, number: int, why: str, tokens: int | None = None) -> None:
-        """Note that no answer came, and the tokens that it cost; all that it may have taken when unset."""
+    def failed(self, number: int, why: str, tokens: int | None = None, *, empty: str = "") -> None:
+        """Note that no answer came, and the tokens that it cost; all that it may have taken when unset.
+
+        `empty` is the key of a call that was answered, with nothing.
+        """
         stage, reserved = self._open.pop(number)
         lost = reserved if tokens is None else tokens
-        self._append({"failed": number, "stage": stage, "tokens": lost, "why": why})
+        row = {"failed": number, "stage": stage, "tokens": lost, "why": why}
+        self._append(row | ({"empty": empty} if empty else {}), sync=bool(empty))
         self._of(stage).lost_tokens += lost
+        self._count_empty(empty, why)
 
-    def refused(self, key: str, answer: Answer) -> None:
-        """Keep in mind, for this run only, that a sample cannot be answered: nothing was paid."""
-        self._refused[key] = answer
+    def empty(self, key: str) -> tuple[int, str]:
+        """How many answers to a call held nothing, and what the last was; from anew when its refusal is retried."""
+        return self._empty.get(key, (0, ""))
 
-    def answered(self, number: int, key: str, answer: Answer) -> None:
-        """Keep an answer: on disk when this returns."""
+    def refused(self, stage: str, key: str, why: str) -> None:
+        """Keep that a call is not answered: on disk when this returns."""
+        self._places[key] = self._append({"refused": why, "stage": stage, "key": key}, sync=True)
+
+    def answered(self, number: int, key: str, answer: Answer, settings: str = "") -> None:
+        """Keep an answer: on disk when this returns. `settings` are those of `settings_of`."""
         stage, _ = self._open.pop(number)
-        line = {"answer": number, "stage": stage, "key": key, **asdict(answer)}
+        line = {"answer": number, "stage": stage, "key": key, "settings": settings, **asdict(answer)}
         self._places[key] = self._append(line, sync=True)
+        self._understood.add(settings)
         self._count_answer(stage, answer)
+
+    def has_answered(self, settings: str) -> bool:
+        """Whether a request with these settings was ever answered."""
+        return settings in self._understood
 
     @property
     def reserved(self) -> int:
@@ -158,15 +184,28 @@ class Journal:
         spent.completion_tokens += answer.completion_tokens
         spent.estimated += answer.estimated
 
+    def _count_empty(self, key: str, why: str) -> None:
+        if key:
+            self._empty[key] = self.empty(key)[0] + 1, why
+
     def _append(self, row: dict[str, Any], *, sync: bool = False) -> tuple[int, int]:
         line = json_line(row).encode("utf-8", "surrogatepass")
-        start = self._end
-        left = memoryview(line)
-        while left:  # the system may take less at a time
-            left = left[os.write(self._file, left) :]
+        start, left = self._end, memoryview(line)
+        try:
+            while left and not self._broken:  # the system may take less at a time
+                left = left[os.write(self._file, left) :]
+            if sync and not self._broken:
+                os.fsync(self._file)
+        except OSError as error:
+            self._broken = error.strerror or str(error)
+            with suppress(OSError):  # else the next to open it does so
+                os.ftruncate(self._file, start)
+        if self._broken:  # also later: after a lost line the book would be wrong
+            raise RuntimeError(
+                f"{self.path} cannot be written ({self._broken}); make room, and run the same command again: what it "
+                "holds is not asked again."
+            )
         self._end += len(line)
-        if sync:
-            os.fsync(self._file)
         return start, len(line)
 
     def _lock(self) -> None:
@@ -208,9 +247,15 @@ class Journal:
         elif "failed" in row:
             self._open.pop(row["failed"], None)
             self._of(row["stage"]).lost_tokens += row["tokens"]
+            self._count_empty(row.get("empty", ""), row["why"])
+        elif "refused" in row and "answer" not in row:
+            self._empty.pop(row["key"], None)
+            if not self._retry_refused:
+                self._places[row["key"]] = self._end, length
         else:
             self._open.pop(row["answer"], None)
             self._places[row["key"]] = self._end, length
+            self._understood.add(row.get("settings", ""))
             self._count_answer(row["stage"], Answer(**{name: row[name] for name in _ANSWER if name in row}))
         self._end += length
 

@@ -38,7 +38,8 @@ def synthesize(config: SynthesisConfig) -> SynthesisReport:
     """Write visual-anchored reflection data for the questions of `config.input` to `config.output`.
 
     Written: `journal.jsonl` (every answer, as it comes), and at the end `shard-*.tar` with `manifest.json`,
-    `rejected.jsonl` and `report.json`. Called again, also after a kill, it asks only for what has no answer yet.
+    `rejected.jsonl` and `report.json`. Called again, also after a kill, it asks only for what has neither answer nor
+    refusal yet.
 
     Returns:
         What was kept, rejected, left and spent.
@@ -47,7 +48,8 @@ def synthesize(config: SynthesisConfig) -> SynthesisReport:
         ValueError: A setting, a prompt or the journal is no good.
         FileNotFoundError: No such input.
         FileExistsError: The output holds another program's shards.
-        RuntimeError: A server refuses or is away, another process is at it, or the openai client is missing.
+        RuntimeError: A server refuses or is away, another process is at it, the journal cannot be written, or the
+            openai client is missing.
     """
     stages = load_stages(config)
     for stage in stages.values():
@@ -55,7 +57,9 @@ def synthesize(config: SynthesisConfig) -> SynthesisReport:
     total = count_items(config)
     folder = Path(config.output).expanduser()
     _refuse_foreign_shards(folder, config)
-    journal = Journal(folder / JOURNAL, _source(config), other_input=config.overwrite)
+    journal = Journal(
+        folder / JOURNAL, _source(config), other_input=config.overwrite, retry_refused=config.retry_refused
+    )
     try:
         for path in folder.glob("*.tmp"):  # of a run that was killed while it wrote
             path.unlink()

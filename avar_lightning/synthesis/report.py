@@ -12,7 +12,7 @@ from avar_lightning.synthesis.stages import Outcome
 MEANINGS = {
     "input": "cannot be asked",
     "repeated": "same image and question as before",
-    "refused": "a server will not or cannot answer",
+    "refused": "a server will not or cannot answer; retry_refused asks again",
     "cut": "an answer reached max_tokens",
     "format": "no final answer, or no <think>…</think><answer>…</answer>",
     "agreement": "the answer is not the gold one",

@@ -55,7 +55,7 @@ class Answer:
         prompt_tokens: Read.
         completion_tokens: Generated.
         estimated: Whether the server did not say how many tokens these were.
-        refused: Why there is no answer to this sample; nothing was paid for it.
+        refused: Why there is no answer to this sample.
     """
 
     content: str = ""

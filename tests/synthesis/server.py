@@ -34,6 +34,7 @@ class ScriptedServer:
         requests: Body of each request, answered or not, with `headers`.
         answered: Bodies of those whose answer was written whole.
         texts: By model and item, what is answered instead.
+        refusals: By model and item, the status and text with which every such request is refused.
         most: The most requests that were here at one time.
     """
 
@@ -43,6 +44,7 @@ class ScriptedServer:
         self.requests: list[dict[str, Any]] = []
         self.answered: list[dict[str, Any]] = []
         self.texts: dict[tuple[str, int], Any] = {}
+        self.refusals: dict[tuple[str, int], tuple[int, str]] = {}
         self.here = self.most = 0
         self.lock = threading.Lock()
         server = self
@@ -149,6 +151,8 @@ class _Handler(BaseHTTPRequestHandler):
         given = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if state.key and given != state.key:
             return self._send(401, {"error": {"message": f"Incorrect API key provided: {given}."}})
+        if refusal := state.refusals.get((body["model"], item_of(body))):
+            return self._send(refusal[0], {"error": {"message": refusal[1]}})
         value: Any = state.answer(body)
         choice = value["choices"][0]
         if callable(fault):

@@ -4,6 +4,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import httpx2
 import pytest
 
 from avar_lightning.synthesis import client, synthesize
@@ -152,14 +153,19 @@ def test_answers_on_their_way_are_kept_when_the_run_ends(server, prepare):
     assert len(server.requests) == 3 * 4 + 1
 
 
-def test_a_sample_too_long_for_the_model_is_left_out_and_asked_again_later(server, prepare):
+def test_a_sample_too_long_for_the_model_is_left_out_until_it_is_retried(server, prepare):
     said = "This model's maximum context length is 4096 tokens. However, you requested 5000 tokens."
     server.faults["reason"].append((400, {}, said))
     config = prepare(3, concurrency=1)
     report = synthesize(config)
     assert (report.kept, report.rejected["refused"], report.left) == (2, 1, 0)
     assert "maximum context length" in rejected(config)["q0"]["reason"]
+    expected, asked = output_bytes(config.output), len(server.requests)
+    assert synthesize(config).rejected["refused"] == 1
+    assert (output_bytes(config.output), len(server.requests)) == (expected, asked)
+    assert synthesize(prepare(3, retry_refused=True)).kept == 3
     assert synthesize(config).kept == 3
+    assert len(server.requests) == asked + 2
 
 
 def test_a_refusal_of_one_sample_is_told_from_wrong_settings(server, prepare):
@@ -167,6 +173,60 @@ def test_a_refusal_of_one_sample_is_told_from_wrong_settings(server, prepare):
     config = prepare(3, concurrency=1)
     assert synthesize(config).kept == 2
     assert rejected(config)["q1"]["reason"].startswith("refused: reason: status 400")
+
+
+def test_a_refused_sample_does_not_stop_later_runs(server, prepare):
+    server.refusals["reason", 1] = 400, "no"
+    config = prepare(3, concurrency=1)
+    expected = synthesize(config), output_bytes(config.output)
+    asked = len(server.requests)
+    assert (synthesize(config), output_bytes(config.output)) == expected
+    assert len(server.requests) == asked
+    server.refusals["reason", 3] = 400, "no"
+    more = synthesize(prepare(4, concurrency=1))  # what the first run was answered tells that the settings are good
+    assert (more.kept, more.rejected["refused"]) == (2, 2)
+    again = synthesize(prepare(4, concurrency=1, retry_refused=True))
+    assert (again.kept, again.rejected["refused"], len(server.asked("reason"))) == (2, 2, 6)
+
+
+def test_other_settings_are_not_known_to_be_understood(server, prepare):
+    synthesize(prepare(2))
+    server.faults["reason"].append(400)
+    with pytest.raises(RuntimeError, match=r"correct the settings of stages\.reason"):
+        synthesize(prepare(3, reason={"extra": {"nonsense": 1}}))
+
+
+def test_refusals_are_replayed_without_any_server(server, prepare):
+    server.texts["anchor", 0] = ""
+    server.refusals["reason", 1] = 400, "maximum context length"
+    config = prepare(4)
+    synthesize(config)
+    lost = synthesize(config).spent["anchor"]["lost_tokens"]
+    server.stop()
+    begun = time.monotonic()
+    report = synthesize(prepare(4, filters={"min_anchors": 0}))
+    assert time.monotonic() - begun < 10
+    assert (report.kept, report.rejected["refused"], report.left) == (2, 2, 0)
+    assert report.spent["anchor"]["lost_tokens"] == lost == 6 * 150
+
+
+def test_empty_answers_are_counted_over_restarts(server, prepare):
+    """Killed between two empty answers, or between the last and its refusal."""
+    server.texts["anchor", 0] = ""
+    config = prepare(1)
+    synthesize(config)
+    expected = output_bytes(config.output)
+    path = Path(config.output) / "journal.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert b'"refused"' in lines[-1]
+    for dropped, more in ((1, 0), (3, 1), (5, 2)):
+        path.write_bytes(b"".join(lines[:-dropped]))
+        asked = len(server.requests)
+        synthesize(config)
+        assert len(server.requests) == asked + more
+        assert output_bytes(config.output) == expected
+    assert synthesize(prepare(1, retry_refused=True)).rejected["refused"] == 1
+    assert len(server.requests) == asked + 2 + 6
 
 
 def test_tokens_that_nobody_counted_are_estimated_and_said(server, prepare):
@@ -202,11 +262,14 @@ def test_the_key_is_sent_and_nowhere_written_or_said(server, prepare, monkeypatc
     server.key = secret
     monkeypatch.setenv("THE_KEY", secret)
     server.texts["describe", 0] = f"A sign with {secret} on it."
-    server.texts["reason", 1] = f"It reads {secret}. <answer>{secret}</answer>"
-    server.faults["reason"].append((500, {}, f"internal error of {secret}"))
+    server.texts["reason", 1] = {"content": "<answer>1</answer>", "reasoning": f"It reads {secret}."}
+    server.faults["anchor"].append((500, {}, f"internal error of {secret}"))
     config = prepare(3, stage={"api_key_variable": "THE_KEY"}, progress=True)
     report = synthesize(config)
-    assert report.kept == 2
+    assert (report.kept, report.rejected["refused"]) == (1, 2)
+    assert rejected(config)["q0"]["reason"] == "refused: describe: the answer repeats the key"
+    assert rejected(config)["q1"]["reason"] == "refused: reason: the answer repeats the key"
+    assert [stage["lost_tokens"] for stage in report.spent.values()] == [150, 150, 0]  # they are paid all the same
     assert all(body["headers"]["authorization"] == f"Bearer {secret}" for body in server.requests)
     said = capfd.readouterr()
     wrong = secret + "-old"
@@ -219,7 +282,55 @@ def test_the_key_is_sent_and_nowhere_written_or_said(server, prepare, monkeypatc
     texts += [path.read_bytes().decode("latin1") for path in Path(config.output).iterdir()]
     assert len(texts) > 9
     assert not [text for text in texts if secret in text]
-    assert "A sign with [key] on it." in str(server.asked("reason"))
+    assert "internal error of [key]" in (Path(config.output) / "journal.jsonl").read_text()
+
+
+@pytest.mark.parametrize("key", ["0", "a", "dots", "kept"])
+def test_a_dummy_key_changes_no_answer(server, prepare, monkeypatch, key):
+    clean = prepare(2, output="clean")
+    synthesize(clean)
+    monkeypatch.setenv("DUMMY", key)
+    config = prepare(2, stage={"api_key_variable": "DUMMY"})
+    server.faults["reason"].append((500, {}, f"of {key}."))
+    server.faults["anchor"].append((400, {}, f"maximum context length, of {key}"))
+    assert synthesize(config).rejected["refused"] == 1
+    assert "[not shown: it holds the key]" in (Path(config.output) / "journal.jsonl").read_text()
+    assert synthesize(prepare(2, stage={"api_key_variable": "DUMMY"}, retry_refused=True)).kept == 2
+    assert output_bytes(config.output) == output_bytes(clean.output)
+
+
+@pytest.mark.parametrize("key", ["sk-secretsecret\nsk-other", "sk-secret\tother", "sk-secret other", "sk-sécret"])
+def test_a_key_that_cannot_be_sent_is_refused_and_not_said(server, prepare, monkeypatch, key):
+    monkeypatch.setenv("MY_KEY", key)
+    config = prepare(1, stage={"api_key_variable": "MY_KEY"})
+    with pytest.raises(ValueError, match=r"variable MY_KEY has blanks, line ends, .* one key in one line") as caught:
+        synthesize(config)
+    assert not [part for part in ("sk-", "secret", "other") if part in str(caught.value)]
+    assert not server.requests
+    assert not Path(config.output).exists()
+
+
+def test_a_line_end_after_the_key_is_dropped(server, prepare, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "sk-0123456789\n")
+    synthesize(prepare(1, stage={"api_key_variable": "MY_KEY"}))
+    assert server.requests[0]["headers"]["authorization"] == "Bearer sk-0123456789"
+
+
+def test_what_cannot_be_sent_is_not_quoted(prepare, monkeypatch):
+    """It holds the headers, in a form in which the key is not found again."""
+    from openai import APIConnectionError
+
+    async def refuse(*_, **__):
+        try:
+            raise httpx2.LocalProtocolError("Illegal header value b'Bearer sk-\\x00123'")
+        except httpx2.LocalProtocolError as error:
+            raise APIConnectionError(request=None) from error
+
+    monkeypatch.setattr("openai.resources.chat.AsyncCompletions.create", refuse)
+    config = prepare(1, patience=0.1)
+    with pytest.raises(RuntimeError, match=r"\(last: LocalProtocolError\)"):
+        synthesize(config)
+    assert "Bearer" not in (Path(config.output) / "journal.jsonl").read_text()
 
 
 def test_a_key_that_is_not_set_is_said_before_anything_is_asked(server, prepare, monkeypatch):

@@ -1,14 +1,17 @@
 """Questions from shards, JSONL and the demo: nothing is lost, nothing outside the folder is read."""
 
+import base64
 import json
+import os
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from avar_lightning.conversion import images
 from avar_lightning.data import Sample, ShardWriter
 from avar_lightning.synthesis import synthesize
-from avar_lightning.synthesis.inputs import count_items, read_items
+from avar_lightning.synthesis.inputs import count_items, read_items, with_options
 from tests.synthesis.conftest import make_config, rejected, written
 from tests.synthesis.server import write_questions
 
@@ -108,12 +111,13 @@ def test_lines_that_cannot_be_asked_say_why(tmp_path):
         b"[" * 100_000,
     )
     assert found[0] is None
-    expected = ["no JSON", "no JSON", "expected an object", "question is None", "question is '  '", "it has no image"]
-    expected += ["image is 7", "cannot be read", "it has no gold answer", "cannot be decoded"]
-    expected += ["it holds half of a character", "it holds half of a character", "no JSON"]
+    expected = ["not JSON", "not JSON", "a JSON object", "question is None", "question is '  '", "it has no image"]
+    expected += ["image is 7", "there is no file", "it has no gold answer", "cannot be decoded"]
+    expected += ["it holds half of a character", "it holds half of a character", "not JSON"]
     for line, (problem, said) in enumerate(zip(found[1:], expected, strict=True), start=2):
         assert said in problem
         assert f"bad.jsonl:{line}: " in problem or problem.startswith("it h")
+        assert "--images" not in problem  # which is an option of `avar convert`
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/hostname", "pictures/../../secret.png", "link.png"])
@@ -123,13 +127,55 @@ def test_no_image_is_read_outside_of_the_folder(tmp_path, name):
     folder.mkdir()
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
     (problem,) = problems(folder, row(image=name))
-    assert f"{name!r} lies outside of" in problem
+    assert f"{name!r} leads out of" in problem
 
 
 def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30)
     (problem,) = problems(tmp_path, row())
-    assert "DecompressionBomb" in problem
+    assert "decompression bomb" in problem
+
+
+@pytest.mark.timeout(20)
+def test_only_files_of_known_formats_and_sizes_are_opened(tmp_path, monkeypatch):
+    write_questions(tmp_path, 2)
+    os.mkfifo(tmp_path / "pipe.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "runs.png", "EPS")
+    (tmp_path / "large.png").write_bytes(bytes(2000))
+    monkeypatch.setattr(images, "MAX_BYTES", 1000)
+    found = problems(tmp_path, *(row(image=name) for name in ("pipe.png", "runs.png", "large.png", "pictures/1.png")))
+    for problem, said in zip(
+        found[:3], ["there is no file", "expected one of PNG", "more than 1000 bytes"], strict=True
+    ):
+        assert said in problem
+    assert found[3] is None
+
+
+def test_a_picture_may_stand_in_the_line(tmp_path):
+    write_questions(tmp_path, 2)
+    data = base64.b64encode((tmp_path / "pictures" / "1.png").read_bytes()).decode()
+    path = tmp_path / "inside.jsonl"
+    path.write_text(json.dumps(row(image=f"data:image/png;base64,{data}")) + "\n")
+    (item,) = read_items(config_of(path))
+    assert (item.problem, item.sample.images[0].getpixel((0, 0))) == (None, (1, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("question", "options", "shown"),
+    [
+        ("How many of the 12 cats are grey?", ["1", "2", "12"], "\nA. 1\nB. 2\nC. 12"),
+        ("A cat or a dog?", {"A": "cat", "B": "dog", "C": None}, "\nA. cat\nB. dog"),
+        ("Which?", ["A. cat", "B. dog"], "\nA. cat\nB. dog"),
+        ("Which?\nA. 1\nB. 12", ["1", "2"], "\nA. 1\nB. 2"),
+        ("Which?\nA. cat\nB. dog", ["cat", "dog"], ""),
+        ("Which?\n(A) cat\n(B) dog", ["cat", "dog"], ""),
+        ("Which? A) cat, B) dog", ["A. cat", "B. dog"], ""),
+        ("How many?", None, ""),
+        ("How many?", "one or two", ""),
+    ],
+)
+def test_options_are_shown_once(question, options, shown):
+    assert with_options(question, options) == question + shown
 
 
 def test_blank_lines_are_no_samples(tmp_path):
@@ -158,4 +204,4 @@ def test_samples_are_read_one_at_a_time(tmp_path, monkeypatch):
     items = read_items(config_of(path))
     assert next(items).id == "q0"
     path.with_name("pictures").rename(tmp_path / "gone")
-    assert "cannot be read" in next(items).problem
+    assert "there is no file" in next(items).problem

@@ -203,7 +203,7 @@ def test_options_are_shown_and_judged(server, prepare):
     server.texts["reason", 0] = "None. <answer>no dot</answer>"
     server.texts["anchor", 0] = script("anchor", 0).replace("<answer>0", "<answer>(B)")
     assert synthesize(config).kept == 1
-    asked = "Item 0: how many dots?\n(A) one dot\n(B) no dot"
+    asked = "Item 0: how many dots?\nA. one dot\nB. no dot"
     assert asked in server.asked("reason")[0]["messages"][0]["content"]
     assert written(config)["q0"].messages[0]["content"][1]["text"] == asked
 

@@ -4,9 +4,11 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,9 @@ def run(options):
 def imperfect(server):
     server.texts["reason", 2] = "Many. <answer>99</answer>"
     server.texts["anchor", 5] = "No chain."
+    server.texts["reason", 7] = ""
+    server.refusals["anchor", 8] = 400, "the maximum context length is 7"
+    server.refusals["describe", 9] = 400, "maximum context length"
     server.delay = 0.02
 
 
@@ -60,7 +65,8 @@ def test_kills_change_nothing(server, tmp_path, seed):
     expected = output_bytes(tmp_path / "whole")
     assert len(expected) == 4
     out, rng, kills = tmp_path / "killed", random.Random(seed), 0
-    total = len(server.requests)
+    total, answers = len(server.requests), len(journaled(tmp_path / "whole"))
+    assert total == answers + 6 + 2  # with empty answers and refusals
     server.requests.clear()
     server.answered.clear()
     for moment in sorted(rng.sample(range(total), 3)):
@@ -82,7 +88,7 @@ def test_kills_change_nothing(server, tmp_path, seed):
     assert not paid & {body["seed"] for body in server.requests[before:]}
     assert output_bytes(out) == expected
     seeds = journaled(out)
-    assert len(seeds) == len(set(seeds)) == total
+    assert len(seeds) == len(set(seeds)) == answers
     assert len(server.requests) <= total + kills * CONCURRENCY  # only those that were on their way
     assert not list(out.glob("*.tmp"))
 
@@ -225,3 +231,49 @@ def test_an_answer_is_read_back_as_it_was(tmp_path):
     assert again.find("other") is None
     assert again.total.tokens == 16
     again.close()
+
+
+@contextmanager
+def room_for(size):
+    """Files end at `size` bytes: the last write that fits takes a part, the next fails, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_line_that_does_not_fit_leaves_nothing(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path, "x")
+    journal.answered(journal.sent("reason", 10), "k", Answer("whole"))
+    whole, number = path.read_bytes(), journal.sent("reason", 10)
+    with (
+        room_for(path.stat().st_size + 50),
+        pytest.raises(RuntimeError, match=r"journal\.jsonl cannot be written \(File too large\); make room, .*same"),
+    ):
+        journal.answered(number, "l", Answer("torn" * 50))
+    with pytest.raises(RuntimeError, match="cannot be written"):  # also when there is room again
+        journal.sent("reason", 10)
+    assert journal.find("l") is None
+    journal.close()
+    lines = path.read_bytes().removeprefix(whole).splitlines()
+    assert [set(json.loads(line)) for line in lines] == [{"sent", "stage", "tokens"}]
+    again = Journal(path, "x")
+    assert again.find("k") == Answer("whole")
+    again.close()
+
+
+def test_a_full_disk_ends_the_run_and_a_later_one_goes_on(server, prepare):
+    config = prepare(6)
+    with room_for(3000), pytest.raises(RuntimeError, match=r"journal\.jsonl cannot be written .*same command again"):
+        synthesize(config)
+    paid = set(journaled(config.output))
+    assert paid
+    before = len(server.requests)
+    assert synthesize(config).kept == 6
+    assert not paid & {body["seed"] for body in server.requests[before:]}
+    clean = prepare(6, output="clean")
+    synthesize(clean)
+    assert output_bytes(config.output) == output_bytes(clean.output)
