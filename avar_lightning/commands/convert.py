@@ -30,7 +30,12 @@ def add_convert(commands: Any) -> None:
         "with a metadata.jsonl or metadata.csv; with --validate, shards",
     )
     add("dst", metavar="DST", nargs="?", help="folder of the shards")
-    add("--validate", action="store_true", help="check every sample and file of the shards SRC, and name what is bad")
+    add(
+        "--validate",
+        action="store_true",
+        help="check the shards SRC, and name what is bad: every sample's JSON, turns and images, no key twice, and "
+        "sizes and checksums by the manifest; not whether a model's chat template or context takes the sample",
+    )
     formats = ["auto", *FORMATS]
     add("--format", default="auto", choices=formats, help="default: told by the names of the first records' fields")
     add("--images", metavar="FOLDER", help="where paths of images begin; default: the input's folder")

@@ -104,15 +104,19 @@ def _fill(shard: ShardFile, job: Job, chunk: Chunk) -> tuple[Tally, list[Rejecti
 
 
 def _add(shard: ShardFile, key: str, record: dict[str, Any], job: Job, images: ImageFolder) -> None:
-    draft = FORMATS[job.format](record, job.config)
     try:
-        check_messages(draft.messages, len(draft.images))
-    except ValueError as error:
-        raise BadRecord("bad conversation", str(error)) from error
-    files = [images.load(reference) for reference in draft.images]
-    try:
+        draft = FORMATS[job.format](record, job.config)
+        try:
+            check_messages(draft.messages, len(draft.images))
+        except ValueError as error:
+            raise BadRecord("bad conversation", str(error)) from error
+        files = [images.load(reference) for reference in draft.images]
         shard.add(key, draft.sample(key), files)
-    except UnicodeEncodeError as error:  # before a byte was written
+    except RecursionError as error:  # as below, before a byte was written
+        raise BadRecord(
+            "nested too deeply", "a field is nested too deeply to be written; flatten it or leave it out with --drop"
+        ) from error
+    except UnicodeEncodeError as error:
         raise BadRecord(
             "bad text", f"its text is no Unicode ({error}); expected no half of a surrogate pair"
         ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import string
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,8 @@ from avar_lightning.conversion.fields import Fields, plain
 from avar_lightning.conversion.rejecting import BadRecord, short
 from avar_lightning.conversion.turns import Turn, build_messages
 from avar_lightning.data.sample import Sample
+
+MAX_OPTIONS = 10_000  # characters of options that are written as text
 
 
 @dataclass
@@ -89,7 +91,7 @@ def columns(record: Mapping[str, Any], config: ConvertConfig) -> Draft:
     options = _options(fields.take("options"))
     shown = question
     if options:
-        lines = _lettered(options)
+        lines = lettered(options)
         missing = not all(line in question for line in lines)
         shown = "\n".join([question, *lines]) if missing else question
     turns = [Turn("user", shown), *response]
@@ -170,11 +172,11 @@ def _response(text: str | None, name: str) -> list[Turn]:
 
 def _options(value: Any) -> Any:
     """Options as a list or a mapping from letters; some sets write either as text."""
-    if isinstance(value, str) and value.strip():
-        value = _literal(value)
+    if isinstance(value, str):
+        value = _literal(value) if value.strip() else None
     if isinstance(value, Mapping):
         return {str(letter): text for letter, text in plain(value, "options").items() if text is not None}
-    if value is None or isinstance(value, str):
+    if value is None:
         return None
     if not isinstance(value, list) or len(value) > len(string.ascii_uppercase):
         raise BadRecord("bad options", f"options are {short(value)}; expected a list of at most 26 texts or a mapping")
@@ -182,15 +184,26 @@ def _options(value: Any) -> Any:
 
 
 def _literal(text: str) -> Any:
+    if len(text) >= MAX_OPTIONS:  # Python's own reader is no match for any text of any length
+        raise BadRecord(
+            "bad options", f"options are {len(text)} characters of text; expected fewer than {MAX_OPTIONS}, or a list"
+        )
     for read in (json.loads, ast.literal_eval):
         try:
-            return read(text) if len(text) < 10_000 else None
+            return read(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
     raise BadRecord("bad options", f"options are {short(text)}; expected a list of texts or a mapping from letters")
 
 
-def _lettered(options: Any) -> list[str]:
+def lettered(options: Sequence[Any] | Mapping[str, Any]) -> list[str]:
+    """A line for each option, with its letter unless all have their own.
+
+    >>> lettered(["cat", "dog"])
+    ['A. cat', 'B. dog']
+    >>> lettered({"A": "(A) cat", "B": "(B) dog"})
+    ['(A) cat', '(B) dog']
+    """
     pairs = options.items() if isinstance(options, Mapping) else zip(string.ascii_uppercase, options)
     texts = [(letter, str(text)) for letter, text in pairs]
     own = all(text.startswith((f"{letter}.", f"({letter})", f"{letter})", f"{letter}:")) for letter, text in texts)

@@ -14,13 +14,11 @@ from urllib.parse import unquote
 from PIL import Image
 
 from avar_lightning.conversion.rejecting import BadRecord, short
-from avar_lightning.data.sample import decode_image
+from avar_lightning.data.sample import IMAGE_FORMATS, decode_image
 
 MAX_BYTES = 1 << 28  # of one encoded image
-# Suffixes of what the reader of shards knows; the rest is encoded anew. Formats that are not here are not opened at
-# all: some of Pillow's run other programs (EPS) or have none of the care that bytes from strangers need.
-_KEPT = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tiff"}
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "ICO", "JPEG2000", "PPM", "TGA")
+_KEPT = {**IMAGE_FORMATS, "MPO": IMAGE_FORMATS["JPEG"]}  # stored as they are; the rest is encoded anew
+_FORMATS = (*IMAGE_FORMATS, "AVIF", "ICO", "JPEG2000", "PPM", "TGA")  # no other one is opened, as in shards
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _DATA = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 
@@ -111,7 +109,7 @@ def check_image(value: bytes, name: str) -> tuple[str, bytes]:
             f"image {name} cannot be decoded ({type(error).__name__}); expected one of {', '.join(_FORMATS)}",
         ) from error
     try:
-        decoded = decode_image(name, value)
+        decoded = decode_image(name, value, formats=_FORMATS)
     except ValueError as error:
         bomb = isinstance(error.__cause__, Image.DecompressionBombError | Image.DecompressionBombWarning)
         raise BadRecord("decompression bomb" if bomb else "unreadable image", str(error)) from error

@@ -24,7 +24,6 @@ from avar_lightning.conversion.sources import Source, find_source
 from avar_lightning.conversion.workfolder import REJECTED, WorkFolder
 
 FIRST_RECORDS = 20  # by whose fields the format is told
-HOPELESS = 1000  # so many rejections without a single sample end a conversion early
 
 
 @dataclass
@@ -106,13 +105,19 @@ def convert(config: ConvertConfig, *, progress: bool = True) -> ConversionReport
 
 
 def _count(job: Job, tally: Tally, progress: bool) -> None:
-    """Convert the chunks and count their records; stop early where there is no hope."""
+    """Convert the chunks and count their records; stop early once no record that is left can keep the limit."""
+    most = _most_records(job.source, job.config)
     with _ProgressBar(job.source, job.config, disable=not progress) as show:
         for chunk, counts in _convert_chunks(job):
             tally.add(counts)
             show(job.source.position(chunk.addresses[-1]), tally)
-            if tally.num_rejected == tally.records >= HOPELESS and job.config.max_rejected < 1:
+            if most is not None and tally.num_rejected / most > job.config.max_rejected:
                 break
+
+
+def _most_records(source: Source, config: ConvertConfig) -> int | None:
+    """No more records than these are converted; None where the input has to be read to know."""
+    return min((count for count in (source.total_records, config.limit) if count is not None), default=None)
 
 
 def _format_of(source: Source, config: ConvertConfig) -> str:
@@ -181,9 +186,8 @@ class _ProgressBar:
     """A bar over records where their number is known, else over the bytes of the input."""
 
     def __init__(self, source: Source, config: ConvertConfig, *, disable: bool) -> None:
-        records = source.total_records
-        self._bytes = records is None and config.limit is None and source.total_bytes is not None
-        total = config.limit if records is None else min(records, config.limit or records)
+        total = _most_records(source, config)
+        self._bytes = total is None and source.total_bytes is not None
         unit: dict[str, Any] = {"unit": "sample", "total": total}
         if self._bytes:
             unit = {"unit": "B", "unit_scale": True, "total": source.total_bytes}

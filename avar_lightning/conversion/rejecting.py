@@ -95,5 +95,8 @@ class Tally:
 
 def short(value: Any) -> str:
     """The value as a message shows it."""
-    text = repr(value[:80] if isinstance(value, str | bytes) else value)
+    try:
+        text = repr(value[:80] if isinstance(value, str | bytes) else value)
+    except RecursionError:
+        text = f"a deeply nested {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}…"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -60,7 +61,10 @@ class ValidationReport:
 def validate(
     spec: str | Path, *, workers: int = 1, progress: bool = True, tell: Callable[[str], None] = print
 ) -> ValidationReport:
-    """Read every sample of a set of shards as training will, and compare the files with their manifest.
+    """Read every sample of a set of shards, and compare the files with their manifest.
+
+    What is bad by itself is found: JSON, turns, images, keys. Whether a model's chat template takes the turns, or its
+    context their length, is not asked.
 
     Args:
         spec: Whatever :func:`~avar_lightning.data.shards.find_shards` takes.
@@ -143,7 +147,14 @@ def _manifest(spec: str) -> dict[str, Shard] | None:
         spec = str((path if path.is_dir() else path.parent) / MANIFEST)
     if not spec.endswith(MANIFEST) or not (is_remote(spec) or Path(spec).is_file()):
         return None
-    return {shard.url: shard for shard in find_shards(spec)}
+    shards = find_shards(spec)
+    if not is_remote(spec):  # as it is written, whatever the files are
+        entries = json.loads(Path(spec).read_text())["shards"]
+        shards = [
+            Shard(shard.url, int(entry["samples"]), entry.get("bytes"), entry.get("sha256"))
+            for shard, entry in zip(shards, entries)
+        ]
+    return {shard.url: shard for shard in shards}
 
 
 def _compare(listed: dict[str, Shard], checks: list[ShardCheck], spec: Path) -> Iterator[str]:

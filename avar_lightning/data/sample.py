@@ -8,13 +8,16 @@ import io
 import json
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image, ImageOps
 
 ROLES = ("system", "user", "assistant")
+# What an image of a shard may be, by Pillow's names, and the suffix that a writer gives it. JPEG covers the MPO of
+# phones. No other format is opened: some of Pillow's run other programs (EPS) whatever the name of the file.
+IMAGE_FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tiff"}
 _IMAGE_MEMBER = re.compile(r"(\d+)\.(png|jpg|jpeg|webp|bmp|gif|tif|tiff)")
 
 
@@ -105,6 +108,8 @@ def parse_sample(raw: Mapping[str, Any]) -> Sample:
         names = _image_names(files)
         check_messages(document.get("messages"), len(names))
         images = [decode_image(f"KEY.{name}", files[name]) for name in names]
+    except RecursionError as error:
+        raise SampleError(f"{shard}: sample {key!r}: its JSON is nested too deeply to be read; flatten it") from error
     except ValueError as error:
         raise SampleError(f"{shard}: sample {key!r}: {error}") from error
     known = {name: document.pop(name, None) for name in ("messages", "answer", "id", "source")}
@@ -167,21 +172,22 @@ def _image_names(files: Mapping[str, bytes]) -> list[str]:
     return [indices[index] for index in range(len(indices))]
 
 
-def decode_image(name: str, value: bytes) -> Image.Image:
+def decode_image(name: str, value: bytes, *, formats: Iterable[str] = IMAGE_FORMATS) -> Image.Image:
     """Decode an image as every reader of shards does: upright, RGB, within Pillow's limit for decompression.
 
     Args:
         name: What a message calls it.
         value: The encoded image.
+        formats: Pillow's names of the formats that are tried, whatever the name says.
 
     Raises:
-        ValueError: When it cannot be decoded; its cause is Pillow's error.
+        ValueError: When it cannot be decoded or is none of these; its cause is Pillow's error.
     """
     try:
         with warnings.catch_warnings():
             # Pillow only warns between its limit and twice that; such an image is refused as well.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(value)) as image:
+            with Image.open(io.BytesIO(value), formats=tuple(formats)) as image:
                 return _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # Pillow's plugins raise anything from SyntaxError to struct.error on bad bytes
         raise ValueError(f"image {name} cannot be decoded ({type(error).__name__}: {error})") from error
@@ -197,5 +203,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a deeply nested {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}…"

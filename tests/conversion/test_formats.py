@@ -157,6 +157,11 @@ def test_options(options: Any, shown: str, kept: Any) -> None:
     assert made.columns == ({"options": kept} if kept else {})
 
 
+def test_long_options_are_kept() -> None:
+    made = draft("columns", {"question": "?", "options": str(["x" * 9_995])})
+    assert made.columns == {"options": ["x" * 9_995]}
+
+
 def test_options_that_the_question_shows_are_not_shown_twice() -> None:
     made = draft("columns", {"question": "Which?\nA. x\nB. y", "options": ["x", "y"]})
     assert made.messages == [user("Which?\nA. x\nB. y")]
@@ -208,6 +213,8 @@ def turns(*values: Any) -> dict[str, Any]:
         ("columns", {"question": None}, "no question", "--column question=NAME"),
         ("columns", {"question": "x", "options": list(range(27))}, "bad options", "at most 26"),
         ("columns", {"question": "x", "options": "x or y"}, "bad options", "expected a list"),
+        ("columns", {"question": "x", "options": '"x or y"'}, "bad options", "expected a list"),
+        ("columns", {"question": "x", "options": str(["x" * 9_996])}, "bad options", "are 10000 characters of text"),
     ],
 )
 def test_what_cannot_be_a_sample(format_: str, record: dict[str, Any], kind: str, says: str) -> None:

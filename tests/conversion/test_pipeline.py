@@ -22,6 +22,7 @@ import pytest
 from PIL import Image
 
 from avar_lightning.conversion import chunks, pipeline
+from avar_lightning.conversion.rejecting import short
 from avar_lightning.conversion.workfolder import WorkFolder
 from avar_lightning.data.shards import find_shards
 from tests.conversion.conftest import TURNS, contents, make, picture, read, record, rejected, write_lines
@@ -29,6 +30,13 @@ from tests.conversion.conftest import TURNS, contents, make, picture, read, reco
 
 def said(value: str, **more: Any) -> dict[str, Any]:
     return {"id": "bad", "conversations": [{"from": "human", "value": value}], **more}
+
+
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
 
 
 @pytest.mark.parametrize(
@@ -48,12 +56,21 @@ def said(value: str, **more: Any) -> dict[str, Any]:
         ({"id": "bad", "conversations": None}, "no conversation", "expected a list of turns"),
         (said("x", videos=["a.mp4"]), "video or audio", "it has videos"),
         ('{"id": "bad", "conversations": [{"from": "human", "value": "\\ud800"}]}', "bad text", "surrogate"),
+        (said("x", deep=nested(900)), "nested too deeply", "--drop"),
+        (said(nested(900)), "bad part", "turn 0 has a part"),
+        ({"id": "bad", "conversations": nested(900)}, "bad turn", "turn 0 is "),
+        ("[" * 900 + "]" * 900, "not an object", "expected a JSON object"),
+        ('{"id": "bad", "conversations": ' + "[" * 9000 + "]" * 9000 + "}", "not JSON", "recursion"),
     ],
 )
 def test_a_bad_record_is_named_and_left_out(reject_one: Any, bad: Any, kind: str, says: str) -> None:
     row = reject_one(bad)
     assert (row["kind"], row["id"]) == (kind, "bad" if "JSON" not in row["reason"] else None)
     assert says in row["reason"]
+
+
+def test_a_message_shows_any_value() -> None:
+    assert short(nested(100_000)) == "a deeply nested list"
 
 
 def test_a_decompression_bomb_is_left_out(reject_one: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,13 +289,40 @@ def test_images_that_were_mended_count_after_overwrite(tmp_path: Path) -> None:
     assert make(src, tmp_path / "out", overwrite=True).samples == 2
 
 
-def test_hopeless_input_ends_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "HOPELESS", 20)
-    src = write_lines(tmp_path / "in" / "data.jsonl", [record(i, image="x.png") for i in range(100)])
+def hopeless(path: Path, bad: int, good: int) -> Path:
+    """A table, whose length is known before it is read, that begins with bad rows."""
+    pyarrow.parquet.write_table(pyarrow.table({"question": [""] * bad + ["?"] * good}), path)
+    return path
+
+
+def test_a_limit_that_can_no_longer_be_kept_ends_early(tmp_path: Path) -> None:
+    src, out = hopeless(tmp_path / "a.parquet", 40, 60), tmp_path / "out"
+    with pytest.raises(ValueError, match="40 of 40 records are rejected"):
+        make(src, out, samples_per_shard=10, max_rejected=0.39)
+    with pytest.raises(ValueError, match="30 of 30 records are rejected"):
+        make(src, tmp_path / "other", samples_per_shard=10, max_rejected=0.2)
+    assert make(src, tmp_path / "other", samples_per_shard=10, max_rejected=0.4).samples == 60
+
+
+def test_a_limit_ends_early_by_the_records_that_are_wanted(tmp_path: Path) -> None:
+    rows = [record(index, image="x.png") for index in range(100)]
+    src = write_lines(tmp_path / "in" / "data.jsonl", rows)
     with pytest.raises(ValueError, match="20 of 20 records are rejected"):
-        make(src, tmp_path / "out", samples_per_shard=10, max_rejected=0.5)
-    with pytest.raises(ValueError, match="100 of 100 records are rejected"):
-        make(src, tmp_path / "out", samples_per_shard=10, max_rejected=1)
+        make(src, tmp_path / "out", samples_per_shard=10, max_rejected=0.3, limit=50)
+    with pytest.raises(ValueError, match="100 of 100 records are rejected"):  # how many there are is not known
+        make(src, tmp_path / "other", samples_per_shard=10, max_rejected=0.3)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_bad_records_may_all_come_first(tmp_path: Path, kind: str) -> None:
+    """The share counts, not the order."""
+    src = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        hopeless(src, 1200, 24_000)
+    else:
+        src.write_text("x\n" * 1200 + '{"question": "?"}\n' * 24_000)
+    report = make(src, tmp_path / "out", samples_per_shard=500, format="columns")
+    assert (report.samples, sum(report.rejected.values())) == (24_000, 1200)
 
 
 def test_shards_are_replaced_only_when_asked(mixed: Path, tmp_path: Path) -> None:

@@ -4,9 +4,9 @@ import io
 import json
 
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
-from avar_lightning.data.sample import SampleError, check_messages, parse_sample
+from avar_lightning.data.sample import IMAGE_FORMATS, SampleError, check_messages, decode_image, parse_sample
 from tests.data.conftest import Files, make_sample, sample_files
 
 USER = {"role": "user", "content": "What is it?"}
@@ -56,6 +56,8 @@ PNG = encoded(Image.new("RGB", (64, 64), "red"))
         ({"json": b"{"}, "JSON cannot be read"),
         ({"json": b"\xff\xfe{}"}, "JSON cannot be read"),
         ({"json": b"[1]"}, "expected an object"),
+        ({"json": b"[" * 700 + b"]" * 700}, "its JSON is "),
+        ({"json": b'{"x":' + b"[" * 3000 + b"]" * 3000 + b"}"}, "its JSON is nested too deeply"),
         ({"json": b"{}"}, "'messages' is None"),
         ({"json": document(messages=[])}, "non-empty list"),
         ({"json": document(messages=["hello"])}, "message 0 has role 'hello'"),
@@ -72,6 +74,8 @@ PNG = encoded(Image.new("RGB", (64, 64), "red"))
         ({"json": document(**ONE_IMAGE), "0.png": PNG, "0.jpg": PNG}, "two files, KEY.0.png and KEY.0.jpg"),
         ({"json": document(**ONE_IMAGE), "png": PNG}, "unexpected file KEY.png"),
         ({"json": document(**ONE_IMAGE), "0.png": b""}, "image KEY.0.png cannot be decoded"),
+        ({"json": document(**ONE_IMAGE), "0.png": encoded(Image.new("RGB", (4, 4)), "EPS")}, "cannot be decoded"),
+        ({"json": document(**ONE_IMAGE), "0.png": encoded(Image.new("RGB", (4, 4)), "PPM")}, "cannot be decoded"),
         ({"json": document(**ONE_IMAGE), "0.png": PNG[: len(PNG) // 2]}, "image KEY.0.png cannot be decoded"),
         ({"json": document(**ONE_IMAGE), "0.png": PNG[:60] + b"\0" * 30 + PNG[90:]}, "cannot be decoded"),
     ],
@@ -89,6 +93,23 @@ def test_decompression_limits_stay_on(monkeypatch: pytest.MonkeyPatch, limit: in
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     with pytest.raises(SampleError, match="DecompressionBomb"):
         parse_sample(raw({"json": document(**ONE_IMAGE), "0.png": PNG}))
+
+
+@pytest.mark.parametrize("kind", [*IMAGE_FORMATS, "MPO"])
+def test_every_format_of_shards_is_decoded(kind: str):
+    """By what the bytes are, and not by their name."""
+    sample = parse_sample(raw({"json": document(**ONE_IMAGE), "0.png": encoded(Image.new("RGB", (4, 4)), kind)}))
+    assert sample.images[0].size == (4, 4)
+
+
+def test_a_format_that_runs_programs_is_not_opened(monkeypatch: pytest.MonkeyPatch):
+    def ghostscript(*_: object, **__: object) -> None:
+        pytest.fail("Ghostscript was called")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", ghostscript)
+    monkeypatch.setattr(EpsImagePlugin, "EpsImageFile", ghostscript)
+    with pytest.raises(ValueError, match="UnidentifiedImageError"):
+        decode_image("KEY.0.png", encoded(Image.new("RGB", (4, 4)), "EPS"))
 
 
 def test_exif_orientation_is_applied():
