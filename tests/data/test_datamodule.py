@@ -98,7 +98,7 @@ def test_a_run_resumes_with_the_next_batch(
 def test_shards_of_unknown_size_resume_too(
     tmp_path: Path, shards: Callable[..., str], processor: ProcessorMixin, steps: int, num_workers: int
 ):
-    """Lightning then asks for a batch more than it trains on, before it tells the epoch; at its end it skips a number."""
+    """Lightning then asks for a batch more than it trains on, before it tells the epoch; at its end it skips one."""
     folder = shards(12, 5)
     pipes = [f"pipe:cat {folder}/shard-{number:06d}.tar" for number in range(3)]
 
