@@ -17,6 +17,7 @@ from typing import Any
 
 from PIL import Image
 
+from avar_lightning.conversion.formats import lettered
 from avar_lightning.conversion.images import ImageFolder
 from avar_lightning.conversion.rejecting import BadRecord, short
 from avar_lightning.conversion.textfiles import JsonFiles
@@ -197,10 +198,7 @@ def options_text(options: Any) -> str:
     >>> options_text(["a cat", "a dog"])
     'A. a cat\\nB. a dog'
     """
-    texts = _by_letter(options)
-    own = all(text.startswith((f"{letter}.", f"({letter})", f"{letter})", f"{letter}:"))
-              for letter, text in texts.items())  # fmt: skip
-    return "\n".join(text if own else f"{letter}. {text}" for letter, text in texts.items())
+    return "\n".join(lettered(_by_letter(options)))
 
 
 def with_options(question: str, options: Any) -> str:
