@@ -87,10 +87,16 @@ def convert(config: ConvertConfig, *, progress: bool = True) -> ConversionReport
     format_ = _format_of(source, config)
     work, tally = WorkFolder(config.dst), Tally()
     with work.alone():
-        work.begin(_plan(source, format_, config), overwrite=config.overwrite)
-        _count(Job(source, format_, config), tally, progress)
-        _judge(tally, config, work)
-        shards = work.publish()["shards"]
+        manifest = work.begin(_plan(source, format_, config), overwrite=config.overwrite)
+        if manifest is None:
+            _count(Job(source, format_, config), tally, progress)
+            _judge(tally, config, work)
+            manifest = work.publish()
+        else:
+            tally = work.read_rejected()
+            tally.records = manifest["samples"] + tally.num_rejected
+            work.remove()
+    shards = manifest["shards"]
     return ConversionReport(
         dst=Path(config.dst),
         format=format_,
@@ -173,8 +179,7 @@ def _judge(tally: Tally, config: ConvertConfig, work: WorkFolder) -> None:
     share = tally.num_rejected / tally.records
     if share <= config.max_rejected and share < 1:
         return
-    path = work.write_rejected()
-    work.judge()
+    path = work.judge()
     raise ValueError(
         f"{tally.num_rejected} of {tally.records} records are rejected, more than max_rejected "
         f"{config.max_rejected:g} allows, so no shards are written: {'; '.join(tally.lines()[:3])}. "

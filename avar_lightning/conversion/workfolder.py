@@ -1,13 +1,12 @@
 """The folder in which a conversion is made, from which an interrupted one goes on, and how it becomes a data set.
 
 Chunks are finished one by one in ``DST/.unfinished``: a tar, then a report that says that the tar is whole. When all
-are there, ``publish.json`` says which becomes which shard, the tars are renamed into DST, and ``manifest.json`` comes
-last. Every step may be interrupted and done again. ``plan.json`` tells whether a later call wants the same.
+are there, they are published (:mod:`avar_lightning.data.publishing`). Every step may be interrupted and done again.
+``plan.json`` tells whether a later call wants the same, and goes last.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -17,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from avar_lightning.conversion.rejecting import Rejection, Tally
-from avar_lightning.data.shards import MANIFEST, PUBLICATION, UNFINISHED
+from avar_lightning.data.publishing import alone, publish, recover
+from avar_lightning.data.shards import MANIFEST, UNFINISHED
 from avar_lightning.files import json_line, write_json
 
 REJECTED = "rejected.jsonl"
+_RESULT = "result"  # in the plan, once it is to be published: the manifest
 
 
 class WorkFolder:
@@ -30,7 +31,6 @@ class WorkFolder:
         self.dst = Path(dst)
         self.folder = self.dst / UNFINISHED
         self._plan = self.folder / "plan.json"
-        self._publication = self.dst / PUBLICATION
         self._judged = self.folder / "judged"
 
     @contextmanager
@@ -44,28 +44,31 @@ class WorkFolder:
             raise FileExistsError(f"{self.dst} is a file; expected a folder for the shards, or a new name")
         try:
             self.dst.mkdir(parents=True, exist_ok=True)
-            folder = os.open(self.dst, os.O_RDONLY)
+            os.close(os.open(self.dst, os.O_RDONLY))
         except OSError as error:
             raise RuntimeError(f"{self.dst} cannot be written ({error}); expected a folder of yours") from error
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with alone(self.dst):
             yield
-        except BlockingIOError as error:
-            raise RuntimeError(
-                f"another process converts into {self.dst}; wait for it, or give another folder"
-            ) from error
-        finally:
-            os.close(folder)
 
-    def begin(self, plan: Mapping[str, Any], *, overwrite: bool) -> None:
-        """Make the folder, or go on in it where it is of the same plan.
+    def begin(self, plan: Mapping[str, Any], *, overwrite: bool) -> dict[str, Any] | None:
+        """Make the folder, or go on in it where it is of the same plan; a publication is ended, whoever began it.
+
+        Returns:
+            The manifest, where an earlier call of the same plan published all and did not come to say so.
 
         Raises:
             FileExistsError: When dst holds shards and ``overwrite`` is false.
             ValueError: When another conversion was left unfinished there and ``overwrite`` is false.
         """
+        recover(self.dst, overwrite=overwrite)
         plan = json.loads(json.dumps(plan))  # as it is read back
         left = json.loads(self._plan.read_text()) if self._plan.is_file() else None
+        result = left.pop(_RESULT, None) if left is not None else None
+        if result is not None and result == self._manifest():
+            if left == plan:
+                return dict(result)
+            self.remove()
+            left = None
         same = left == plan
         if left is not None and not same and not overwrite:
             others = [name for name in plan if left.get(name) != plan[name]]
@@ -74,7 +77,7 @@ class WorkFolder:
                 "was, or pass --overwrite (overwrite=True) to begin anew"
             )
         old = sorted(self.dst.glob("*.tar"))
-        if old and not overwrite and not (same and self._publication.exists()):
+        if old and not overwrite:
             raise FileExistsError(
                 f"{self.dst} already holds {len(old)} shard(s); pass --overwrite (overwrite=True) to replace them, or "
                 "another folder"
@@ -86,6 +89,7 @@ class WorkFolder:
             write_json(self._plan, plan)
         except OSError as error:
             raise RuntimeError(f"{self.dst} cannot be written ({error}); expected a folder of yours") from error
+        return None
 
     def tar(self, number: int) -> Path:
         """Where the samples of a chunk go."""
@@ -103,7 +107,7 @@ class WorkFolder:
         except FileNotFoundError:
             return None
         size = report["entry"] and report["entry"]["bytes"]
-        if size and not self._publication.exists():
+        if size:
             tar = self.tar(number)
             if not tar.is_file() or tar.stat().st_size != size:
                 return None
@@ -112,56 +116,63 @@ class WorkFolder:
             tally.reject(rejection)
         return tally
 
-    def write_rejected(self) -> Path:
-        """Write ``rejected.jsonl``, in the order of the input, and return its path."""
-        path = self.dst / REJECTED
-        with (unfinished := self.folder / REJECTED).open("w") as file:
-            for _, report in self._reports():
-                file.writelines(json_line(rejection.row()) for rejection in _rejections(report))
-        os.replace(unfinished, path)
-        return path
+    def judge(self) -> Path:
+        """Say that too many are rejected, and return ``rejected.jsonl``, which lists them in the order of the input.
 
-    def judge(self) -> None:
-        """Note that the work ended with too many rejections: --overwrite begins anew, without it the work is kept."""
+        A later call with --overwrite begins anew; without it the work is kept.
+        """
+        self._write_rejected()
+        os.replace(self.folder / REJECTED, self.dst / REJECTED)
         self._judged.touch()
+        return self.dst / REJECTED
+
+    def read_rejected(self) -> Tally:
+        """What ``rejected.jsonl`` lists."""
+        tally = Tally()
+        with (self.dst / REJECTED).open() as file:
+            for index, line in enumerate(file):
+                tally.reject(Rejection(index, **json.loads(line)))
+        return tally
 
     def publish(self) -> dict[str, Any]:
         """Turn the finished chunks into the data set of dst, replacing what it holds; returns the manifest."""
-        if not self._publication.exists():
-            write_json(self._publication, self._moves())
-        publication = json.loads(self._publication.read_text())
-        manifest = publication["manifest"]
-        pairs = zip(publication["chunks"], manifest["shards"])
-        moves = {self.folder / chunk: self.dst / shard["name"] for chunk, shard in pairs}
-        (self.dst / MANIFEST).unlink(missing_ok=True)
-        moved = {shard for chunk, shard in moves.items() if not chunk.exists()}
-        for path in self.dst.glob("*.tar"):
-            if path not in moved:
-                path.unlink()
-        for chunk, shard in moves.items():
-            if chunk.exists():
-                chunk.replace(shard)
-        self.write_rejected()
-        write_json(self.dst / MANIFEST, manifest)
+        moves = {f"{UNFINISHED}/{REJECTED}": REJECTED}
+        shards: list[dict[str, Any]] = []
+        for path, report in self._reports():  # chunks that hold samples get numbers without a gap
+            if report["entry"]:
+                shards.append({"name": f"shard-{len(shards):06d}.tar", **report["entry"]})
+                moves[f"{UNFINISHED}/{path.with_suffix('.tar').name}"] = shards[-1]["name"]
+        manifest = {"samples": sum(shard["samples"] for shard in shards), "shards": shards}
+        self._write_rejected()
+        write_json(self._plan, {**json.loads(self._plan.read_text()), _RESULT: manifest})
+        publish(self.dst, moves, manifest)
         self.remove()
         return manifest
 
     def remove(self) -> None:
-        """Delete the folder; without its plan, what an interruption leaves of it counts for nothing."""
+        """Delete the folder, its plan last: with it, the same call goes on."""
+        if not self.folder.exists():
+            return
+        for path in sorted(self.folder.iterdir()):
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path != self._plan:
+                path.unlink()
         self._plan.unlink(missing_ok=True)
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
+        self.folder.rmdir()
 
-    def _moves(self) -> dict[str, Any]:
-        """Chunks that hold samples become shards with numbers without a gap."""
-        chunks: list[str] = []
-        shards: list[dict[str, Any]] = []
-        for path, report in self._reports():
-            if report["entry"]:
-                chunks.append(path.with_suffix(".tar").name)
-                shards.append({"name": f"shard-{len(shards):06d}.tar", **report["entry"]})
-        total = sum(shard["samples"] for shard in shards)
-        return {"chunks": chunks, "manifest": {"samples": total, "shards": shards}}
+    def _manifest(self) -> Any:
+        """What dst holds."""
+        path = self.dst / MANIFEST
+        try:
+            return json.loads(path.read_text()) if path.is_file() else None
+        except ValueError:
+            return None
+
+    def _write_rejected(self) -> None:
+        with (self.folder / REJECTED).open("w") as file:
+            for _, report in self._reports():
+                file.writelines(json_line(rejection.row()) for rejection in _rejections(report))
 
     def _report(self, number: int) -> Path:
         return self.tar(number).with_suffix(".json")

@@ -16,8 +16,11 @@ import webdataset as wds
 from PIL import Image
 from tqdm.auto import tqdm
 
+from avar_lightning.data.publishing import alone, publish, recover
 from avar_lightning.data.sample import Sample, SampleError, check_messages
-from avar_lightning.data.shards import MANIFEST
+from avar_lightning.data.shards import PUBLICATION
+
+WAIT = 60.0  # seconds for another process that moves its shards into the same folder
 
 
 class ShardFile:
@@ -63,14 +66,15 @@ class ShardFile:
             self._tar.close()
         with contextlib.suppress(OSError):
             self._file.close()
-        self._path.unlink()
+        self._path.unlink(missing_ok=True)
 
 
 class ShardWriter:
     """Write samples into numbered shards of a folder, all of them or none.
 
     Everything goes to ``*.tmp`` files, which get their names when the ``with`` block ends well and are
-    deleted when it does not. The bytes depend on the samples alone: equal samples give equal files.
+    deleted when it does not. Killed while they get them, readers refuse the folder until the next writer there ends
+    it. The bytes depend on the samples alone: equal samples give equal files.
 
     Args:
         folder: Where ``shard-000000.tar``, … and ``manifest.json`` go; made if missing.
@@ -96,10 +100,13 @@ class ShardWriter:
         self.samples_per_shard = samples_per_shard
         self.image_format = image_format
         self.paths: list[Path] = []
-        self._old = sorted(self.folder.glob("*.tar")) if self.folder.is_dir() else []
-        if self._old and not overwrite:
+        if (self.folder / PUBLICATION).exists():
+            with alone(self.folder, seconds=WAIT):
+                recover(self.folder, overwrite=overwrite)
+        old = sorted(self.folder.glob("*.tar")) if self.folder.is_dir() else []
+        if old and not overwrite:
             raise FileExistsError(
-                f"{self.folder} already holds {len(self._old)} shard(s); pass overwrite=True to replace them"
+                f"{self.folder} already holds {len(old)} shard(s); pass overwrite=True to replace them"
             )
         self._entries: list[dict[str, Any]] = []
         self._keys: set[str] = set()
@@ -124,11 +131,14 @@ class ShardWriter:
         except ValueError as error:
             raise SampleError(f"{self.folder}: sample {key!r}: {error}") from error
         if files is None:
-            files = [(self.image_format, _encode_image(image, self.image_format)) for image in sample.images]
+            files = [(self.image_format, encode_image(image, self.image_format)) for image in sample.images]
         if self._shard is None or self._shard.samples == self.samples_per_shard:
             self._next_shard()
         assert self._shard is not None
-        self._shard.add(key, sample, files)
+        try:
+            self._shard.add(key, sample, files)
+        except RecursionError as error:  # before a byte was written
+            raise SampleError(f"{self.folder}: sample {key!r}: a column is nested too deeply; flatten it") from error
         self._keys.add(key)
 
     def __enter__(self) -> Self:
@@ -137,28 +147,32 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close()
-        temporary = [_temporary(path) for path in self.paths]
         if kind is not None:
-            for path in temporary:
-                path.unlink()
+            self._discard()
             return
-        for path in self._old:
-            path.unlink(missing_ok=True)
-        for source, target in zip(temporary, self.paths):
-            source.replace(target)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        entries = [{"name": path.name, **entry} for path, entry in zip(self.paths, self._entries)]
-        manifest = self.folder / MANIFEST
-        total = sum(entry["samples"] for entry in entries)
-        _temporary(manifest).write_text(json.dumps({"samples": total, "shards": entries}, indent=1))
-        _temporary(manifest).replace(manifest)
+        try:
+            self._close()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            entries = [{"name": path.name, **entry} for path, entry in zip(self.paths, self._entries)]
+            manifest = {"samples": sum(entry["samples"] for entry in entries), "shards": entries}
+            with alone(self.folder, seconds=WAIT):
+                publish(self.folder, {_temporary(path).name: path.name for path in self.paths}, manifest)
+        except BaseException:
+            if not (self.folder / PUBLICATION).exists():  # else the next writer needs them
+                self._discard()
+            raise
 
     def _next_shard(self) -> None:
         self._close()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.paths.append(self.folder / f"shard-{len(self.paths):06d}.tar")
         self._shard = ShardFile(_temporary(self.paths[-1]))
+
+    def _discard(self) -> None:
+        if self._shard is not None:
+            self._shard.discard()
+        for path in self.paths:
+            _temporary(path).unlink(missing_ok=True)
 
     def _close(self) -> None:
         if self._shard is not None:
@@ -196,7 +210,8 @@ def write_shards(
     return writer.paths
 
 
-def _encode_image(image: Image.Image, image_format: str) -> bytes:
+def encode_image(image: Image.Image, image_format: str) -> bytes:
+    """The image as ``png``, or as ``jpg`` of quality 95."""
     buffer = io.BytesIO()
     if image_format == "jpg":
         image.convert("RGB").save(buffer, "JPEG", quality=95)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import io
 import itertools
@@ -11,8 +12,8 @@ import os
 import signal
 import subprocess
 import sys
-import tarfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -137,43 +138,123 @@ class Broken(BaseException):
     """As Ctrl-C or a kill between any two steps."""
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
 def test_it_may_be_interrupted_between_any_two_steps(
-    mixed: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
 ) -> None:
-    """Whatever was renamed or deleted last, no tar is half, a manifest lies by whole sets, a second call mends it."""
-    steps = itertools.count()
+    """Whatever was renamed or deleted last, readers get a whole set or none, and the same call ends it."""
+    options = {"samples_per_shard": 30, "overwrite": overwrite}
+    again = 0
     for stop in itertools.count():
-        out, count = tmp_path / str(stop), itertools.count()
-
-        def step(real: Any, count: Any = count, stop: int = stop) -> Any:
-            def act(*args: Any, **kwargs: Any) -> Any:
-                if next(count) == stop:
-                    raise Broken
-                return real(*args, **kwargs)
-
-            return act
-
-        with monkeypatch.context() as patch:
-            for name in ("replace", "unlink", "rmdir"):
-                patch.setattr(os, name, step(getattr(os, name)))
-            try:
-                make(mixed, out, samples_per_shard=30)
-                break
-            except Broken:
-                next(steps)
-        for tar in out.glob("*.tar"):
-            with tarfile.open(tar) as file:
-                assert len({name.split(".")[0] for name in file.getnames()}) in (28, 29, 30)
+        out = tmp_path / str(stop)
+        if overwrite:
+            make(mixed, out, samples_per_shard=20)
+        with stopped(monkeypatch, stop) as seen:
+            make(mixed, out, **options)
+        if not seen:
+            break
+        try:
+            counts = [shard.samples for shard in find_shards(out)]
+        except FileNotFoundError:
+            counts = []
+        assert counts in ([], [18, 20, 19, 20, 10][: 5 * overwrite], [28, 29, 30])
         if (out / "manifest.json").exists():
-            assert len(list(out.glob("*.tar"))) == 3
-        if not (out / "manifest.json").exists() or (out / ".unfinished" / "plan.json").exists():
-            make(mixed, out, samples_per_shard=30)
+            assert len(read(out)) == sum(counts) == 87
+        if not overwrite and counts and not (out / ".unfinished" / "plan.json").exists():
+            again += 1
+            with pytest.raises(FileExistsError):  # all was done but to say so
+                make(mixed, out, **options)
+        else:
+            report = make(mixed, out, **options)
+            assert (report.records, report.samples, report.shards, len(report.reasons)) == (90, 87, 3, 1)
         left = contents(out)
-        assert {name: value for name, value in left.items() if not name.startswith(".unfinished")} == contents(
+        assert {name: value for name, value in left.items() if not name.startswith(".")} == contents(
             _once(mixed, tmp_path)
         )
-        assert ".unfinished/plan.json" not in left
-    assert next(steps) > 12  # every rename of chunks, reports and shards was tried
+        assert not left.keys() & {".unfinished/plan.json", ".unfinished/publish.json"}
+    assert stop > 20  # every rename of chunks, reports and shards was tried
+    assert again <= 1  # nothing but an empty folder was left
+
+
+@contextlib.contextmanager
+def stopped(monkeypatch: pytest.MonkeyPatch, stop: int) -> Iterator[list[str]]:
+    """Break off before a step that changes names; says which, or nothing where there are not so many."""
+    count, seen = itertools.count(), list[str]()
+
+    def step(name: str, real: Any) -> Any:
+        def act(*args: Any, **kwargs: Any) -> Any:
+            if next(count) >= stop:
+                seen.append(name)
+                raise Broken
+            return real(*args, **kwargs)
+
+        return act
+
+    with monkeypatch.context() as patch:
+        for name in ("replace", "unlink", "rmdir"):
+            patch.setattr(os, name, step(name, getattr(os, name)))
+        with contextlib.suppress(Broken):
+            yield seen
+
+
+def test_a_conversion_that_fails_leaves_what_another_published(
+    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one was killed while its shards were moved; of these, all or none are there after the other."""
+    bad = write_lines(tmp_path / "bad" / "data.jsonl", [record(0, image="x.png")])
+    refused = 0
+    for stop in itertools.count():
+        out = tmp_path / str(stop)
+        with stopped(monkeypatch, stop) as seen:
+            make(mixed, out, samples_per_shard=30)
+        if not seen:
+            break
+        try:
+            find_shards(out)
+        except FileNotFoundError as error:
+            refused += "moved" in str(error)
+        with pytest.raises(ValueError, match="1 of 1 records are rejected"):
+            make(bad, out, overwrite=True)
+        if list(out.glob("*.tar")):
+            assert [shard.samples for shard in find_shards(out)] == [28, 29, 30]
+    assert refused >= 3
+
+
+def test_another_conversion_ends_what_was_being_published(
+    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", _until(out / "shard-000001.tar"))
+        with pytest.raises(Broken):
+            make(mixed, out, samples_per_shard=30)
+    with pytest.raises(FileExistsError, match=r"already holds 3 shard\(s\)"):
+        make(mixed, out, samples_per_shard=20)
+    assert contents(out) == contents(_once(mixed, tmp_path))
+
+
+def test_shards_that_were_lost_while_they_were_moved_are_made_again(
+    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", _until(out / "shard-000001.tar"))
+        with pytest.raises(Broken):
+            make(mixed, out, samples_per_shard=30)
+    (out / "shard-000000.tar").unlink()
+    with pytest.raises(FileExistsError, match="some of them are gone since; pass"):
+        make(mixed, out, samples_per_shard=30)
+    make(mixed, out, samples_per_shard=30, overwrite=True)
+    assert contents(out) == contents(_once(mixed, tmp_path))
+
+
+def _until(target: Path, real: Any = os.replace) -> Any:
+    def replace(source: Any, destination: Any) -> None:
+        if Path(destination) == target:
+            raise Broken
+        real(source, destination)
+
+    return replace
 
 
 def _once(src: Path, tmp_path: Path) -> Path:
