@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 from typing import Any, Literal
 
+from avar_lightning.data.writer import encode_image
 from avar_lightning.synthesis.stages import Answer, Call
 
 
@@ -92,11 +92,6 @@ def _tokens(text: str) -> int:
 
 
 def _image_part(image: Any, image_format: str) -> dict[str, Any]:
-    buffer = io.BytesIO()
-    if image_format == "jpg":
-        image.save(buffer, "JPEG", quality=95)
-    else:
-        image.save(buffer, "PNG")
     kind = "jpeg" if image_format == "jpg" else "png"
-    data = base64.b64encode(buffer.getvalue()).decode()
+    data = base64.b64encode(encode_image(image, image_format)).decode()
     return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{data}"}}
