@@ -142,3 +142,9 @@ def test_reasons_reach_the_file_as_json(tmp_path: Path) -> None:
     assert main(["convert", str(src), str(tmp_path / "out"), "--max-rejected", "0.5", "--workers", "1"]) == 0
     (line,) = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
     assert list(json.loads(line)) == ["where", "kind", "reason", "id"]
+
+
+def test_help_says_what_validating_does_not_check(capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        main(["convert", "--help"])
+    assert "not whether a model's chat template" in " ".join(capsys.readouterr().out.split())
