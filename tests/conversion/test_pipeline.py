@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import io
 import itertools
@@ -13,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from avar_lightning.conversion import chunks, pipeline
 from avar_lightning.conversion.rejecting import short
 from avar_lightning.conversion.workfolder import WorkFolder
 from avar_lightning.data.shards import find_shards
+from tests.breaking import Broken, killed
 from tests.conversion.conftest import TURNS, contents, make, picture, read, record, rejected, write_lines
 
 
@@ -134,10 +133,6 @@ def test_the_number_of_processes_changes_nothing(mixed: Path, whole: dict[str, b
     assert f"{mixed}:4: " in report.reasons[0]
 
 
-class Broken(BaseException):
-    """As Ctrl-C or a kill between any two steps."""
-
-
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_it_may_be_interrupted_between_any_two_steps(
     mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
@@ -149,7 +144,7 @@ def test_it_may_be_interrupted_between_any_two_steps(
         out = tmp_path / str(stop)
         if overwrite:
             make(mixed, out, samples_per_shard=20)
-        with stopped(monkeypatch, stop) as seen:
+        with killed(monkeypatch, stop) as seen:
             make(mixed, out, **options)
         if not seen:
             break
@@ -176,27 +171,6 @@ def test_it_may_be_interrupted_between_any_two_steps(
     assert again <= 1  # nothing but an empty folder was left
 
 
-@contextlib.contextmanager
-def stopped(monkeypatch: pytest.MonkeyPatch, stop: int) -> Iterator[list[str]]:
-    """Break off before a step that changes names; says which, or nothing where there are not so many."""
-    count, seen = itertools.count(), list[str]()
-
-    def step(name: str, real: Any) -> Any:
-        def act(*args: Any, **kwargs: Any) -> Any:
-            if next(count) >= stop:
-                seen.append(name)
-                raise Broken
-            return real(*args, **kwargs)
-
-        return act
-
-    with monkeypatch.context() as patch:
-        for name in ("replace", "unlink", "rmdir"):
-            patch.setattr(os, name, step(name, getattr(os, name)))
-        with contextlib.suppress(Broken):
-            yield seen
-
-
 def test_a_conversion_that_fails_leaves_what_another_published(
     mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,7 +179,7 @@ def test_a_conversion_that_fails_leaves_what_another_published(
     refused = 0
     for stop in itertools.count():
         out = tmp_path / str(stop)
-        with stopped(monkeypatch, stop) as seen:
+        with killed(monkeypatch, stop) as seen:
             make(mixed, out, samples_per_shard=30)
         if not seen:
             break

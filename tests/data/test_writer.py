@@ -2,8 +2,6 @@
 
 import contextlib
 import itertools
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +13,11 @@ from avar_lightning.data.demo_datamodule import DemoDataModule
 from avar_lightning.data.sample import Sample, SampleError
 from avar_lightning.data.shards import MANIFEST, PUBLICATION, find_shards
 from avar_lightning.data.writer import ShardWriter, encode_image, write_shards
+from tests.breaking import killed
 
 
 def texts(count: int) -> list[Sample]:
     return [Sample(messages=[{"role": "user", "content": f"{index}"}]) for index in range(count)]
-
-
-class Broken(BaseException):
-    """As a kill between any two steps."""
-
-
-@contextlib.contextmanager
-def killed(monkeypatch: pytest.MonkeyPatch, stop: int) -> Iterator[list[str]]:
-    """Die before a step that changes names, with no step after it; says which, nothing where there are not so many."""
-    count, seen = itertools.count(), list[str]()
-
-    def step(name: str, real: Any) -> Any:
-        def act(*args: Any, **kwargs: Any) -> Any:
-            if next(count) >= stop:
-                seen.append(name)
-                raise Broken
-            return real(*args, **kwargs)
-
-        return act
-
-    with monkeypatch.context() as patch:
-        for name in ("replace", "unlink", "rmdir"):
-            patch.setattr(os, name, step(name, getattr(os, name)))
-        with contextlib.suppress(Broken):
-            yield seen
 
 
 def held(folder: Path) -> list[int]:
