@@ -119,8 +119,13 @@ class ShardCache:
             for attempt in tries:
                 with attempt:
                     count += 1
-                    transfer.go_on()
-                    _check(shard, part)
+                    try:
+                        transfer.go_on()
+                        _check(shard, part)
+                    except FetchTrouble as trouble:
+                        if count == 1:  # who waits should know what for
+                            log.warning("%s: %s; trying again for %g s", shard.url, trouble, self.patience)
+                        raise
         except FetchTrouble as error:
             part.unlink(missing_ok=True)
             raise FetchError(

@@ -93,7 +93,9 @@ def cache(tmp_path: Path) -> ShardCache:
     return ShardCache(tmp_path / "cache", patience=20)
 
 
-def test_a_broken_transfer_goes_on_where_it_broke_off(served: FileServer, cache: ShardCache, tmp_path: Path):
+def test_a_broken_transfer_goes_on_where_it_broke_off(
+    served: FileServer, cache: ShardCache, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     shard = Shard(f"{served.url}/shard-000000.tar")
     served.faults += ["drop", 503, "drop", 429]
     original = (tmp_path / "shards" / "shard-000000.tar").read_bytes()
@@ -102,6 +104,8 @@ def test_a_broken_transfer_goes_on_where_it_broke_off(served: FileServer, cache:
     ranges = [wanted for _, wanted in served.requests]
     assert ranges[:3] == [None, f"bytes={half}-", f"bytes={half}-"]
     assert len(ranges) == 5
+    assert caplog.text.count("shard-000000.tar: ") == 1
+    assert "trying again for 20 s" in caplog.text
     assert cache.path(shard).read_bytes() == original
     assert len(served.requests) == 5  # kept
     assert not list(cache.folder.glob("*.part"))
