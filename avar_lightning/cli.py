@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from avar_lightning.errors import OneSentence, told
 from avar_lightning.files import write_json, write_jsonl
 
+DEFAULT_PROCESSOR = "demo"
 SUMMARY_ROWS = (
     ("mean reward", "reward/total", "{:.3f}"),
     ("accuracy", "val/accuracy", "{:.3f}"),
@@ -32,9 +33,19 @@ class AvarArgumentParser(OneSentence, LightningArgumentParser):
 class AvarCLI(LightningCLI):
     """LightningCLI that gives data the model's processor, exports a Hugging Face folder and prints a summary."""
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """One processor for model and data."""
-        parser.link_arguments("model.init_args.vlm.pretrained", "data.init_args.processor")
+    def before_instantiate_classes(self) -> None:
+        """Give the data the processor of the model, unless it names one of its own.
+
+        By hand: jsonargparse drops a link whose source lies inside a dataclass of a subclass, without a word.
+        """
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        vlm = config.model.init_args.get("vlm") if "init_args" in config.model else None
+        data = config.data.get("init_args") if config.get("data") else None
+        if vlm is None or data is None or "processor" not in data:
+            return
+        vlm = vlm.get("init_args", vlm)
+        if data.processor == DEFAULT_PROCESSOR:
+            data.processor = vlm.pretrained
 
     def before_fit(self) -> None:
         """Start the clock."""

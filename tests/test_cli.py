@@ -42,6 +42,14 @@ def test_every_config_builds_offline(path):
     assert any(p.requires_grad for p in cli.model.parameters())
 
 
+@pytest.mark.parametrize("option", ["--model.init_args.vlm.pretrained=demo_sft", "--model.vlm.pretrained=demo_sft"])
+def test_the_data_have_the_processor_of_the_model(option):
+    assert build(["--config", BASE, *ON_ONE_CPU]).datamodule.processor_source == "demo"
+    assert build(["--config", BASE, *ON_ONE_CPU, option]).datamodule.processor_source == "demo_sft"
+    own = "--data.init_args.processor=elsewhere"
+    assert build(["--config", BASE, *ON_ONE_CPU, option, own]).datamodule.processor_source == "elsewhere"
+
+
 def build(args):
     import lightning as L
 

@@ -19,7 +19,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     0 when done, 1 when input or environment is at fault (one sentence on stderr), 2 for wrong usage.
     """
-    parser = argparse.ArgumentParser(prog="avar", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="avar", description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     given = list(sys.argv[1:] if args is None else args)
     # Only the one that is called: others take seconds to import.

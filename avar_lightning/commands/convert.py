@@ -15,6 +15,7 @@ def add_convert(commands: Any) -> None:
     """Add the subcommand."""
     parser = commands.add_parser(
         "convert",
+        allow_abbrev=False,  # half an --overwrite must not overwrite
         help="turn another format into shards, or check shards",
         description=(
             "Turn ShareGPT and LLaMA-Factory JSON, messages, Alpaca, and tables (Parquet, datasets folders) into the "

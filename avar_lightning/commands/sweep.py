@@ -16,6 +16,7 @@ def add_sweep(commands: Any) -> None:
     """Add the subcommand."""
     sweep = commands.add_parser(
         "sweep",
+        allow_abbrev=False,
         help="steer a model with a grid of strengths, and compare its answers and attention",
         description=(
             "Answer the prompts in SHARDS unsteered and under every combination of strengths, and write answers, a "

@@ -31,6 +31,7 @@ def synthesis_parser() -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = _Parser(
         prog="avar synthesize",
+        allow_abbrev=False,
         description=(
             "Describe each image, reason from the description, weave returns to the image into the chain, and keep "
             "what passes the filters. An interrupted run goes on when it is called again; no answer is paid twice."

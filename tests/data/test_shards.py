@@ -183,6 +183,13 @@ def test_a_stale_manifest_is_not_believed(shards: Callable[..., str], caplog: py
     assert "not the file that its manifest.json lists" in caplog.text
 
 
+def test_samples_that_were_cut_off_still_count(shards: Callable[..., str]):
+    folder = Path(shards(6))
+    path = folder / "shard-000000.tar"
+    path.write_bytes(path.read_bytes()[:6000])
+    assert [shard.samples for shard in find_shards(folder)] == [6]
+
+
 def test_shards_that_are_being_moved_are_no_data_set(shards: Callable[..., str]):
     folder = shards(3)
     (Path(folder) / PUBLICATION).parent.mkdir()
