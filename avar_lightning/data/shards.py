@@ -162,7 +162,10 @@ def _download(url: str) -> str:
         wait=wait_random_exponential(multiplier=0.2, max=10),
         reraise=True,
     )
-    return str(tries(_download_once, url))
+    try:
+        return str(tries(_download_once, url))
+    except httpx2.TransportError as error:
+        raise ConnectionError(f"{url} cannot be reached ({error}); check the address, and that it is served") from error
 
 
 class _Busy(OSError):

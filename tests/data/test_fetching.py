@@ -144,6 +144,11 @@ def test_a_fetched_manifest_runs_no_commands(served: FileServer, tmp_path: Path)
         find_shards(f"{served.url}/{MANIFEST}")
 
 
+def test_a_manifest_that_cannot_be_reached_is_said():
+    with pytest.raises(ConnectionError, match=r"127.0.0.1:9/manifest.json cannot be reached .*; check the address"):
+        find_shards(f"http://127.0.0.1:9/{MANIFEST}")
+
+
 def test_a_busy_server_is_asked_again_for_its_manifest(served: FileServer):
     served.manifest_faults += [503, 429]
     assert len(find_shards(f"{served.url}/{MANIFEST}?signature=x")) == 4
