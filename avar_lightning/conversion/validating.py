@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from tqdm.auto import tqdm
 from avar_lightning.conversion.processes import open_pool
 from avar_lightning.data.fetching import ShardCache
 from avar_lightning.data.sample import SampleError, parse_sample
-from avar_lightning.data.shards import MANIFEST, UNFINISHED, Shard, find_shards, is_remote
+from avar_lightning.data.shards import MANIFEST, UNFINISHED, Shard, find_shards, is_remote, read_manifest
 from avar_lightning.data.tars import LocalShard
 
 
@@ -147,14 +146,7 @@ def _manifest(spec: str) -> dict[str, Shard] | None:
         spec = str((path if path.is_dir() else path.parent) / MANIFEST)
     if not spec.endswith(MANIFEST) or not (is_remote(spec) or Path(spec).is_file()):
         return None
-    shards = find_shards(spec)
-    if not is_remote(spec):  # as it is written, whatever the files are
-        entries = json.loads(Path(spec).read_text())["shards"]
-        shards = [
-            Shard(shard.url, int(entry["samples"]), entry.get("bytes"), entry.get("sha256"))
-            for shard, entry in zip(shards, entries)
-        ]
-    return {shard.url: shard for shard in shards}
+    return {shard.url: shard for shard in read_manifest(spec)}
 
 
 def _compare(listed: dict[str, Shard], checks: list[ShardCheck], spec: Path) -> Iterator[str]:

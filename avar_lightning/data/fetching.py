@@ -16,7 +16,7 @@ import httpx2
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 from webdataset.gopen import gopen
 
-from avar_lightning.data.shards import Shard, is_remote
+from avar_lightning.data.shards import Shard, is_remote, may_pass
 from avar_lightning.data.tars import index_tar
 
 log = logging.getLogger(__name__)
@@ -201,7 +201,7 @@ class _Transfer:
     def _refuse(self, status: int) -> None:
         if status == 416:  # nothing is left, or another file is there now
             self._version = None
-        if status >= 500 or status in (408, 416, 425, 429):
+        if status == 416 or may_pass(status):
             raise FetchTrouble(f"status {status}")
         if status >= 400:
             raise FetchError(f"{self.url} answered with status {status}; check the address and who may read it")

@@ -12,7 +12,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import braceexpand
@@ -75,12 +74,39 @@ def find_shards(spec: str | Path | Sequence[str | Path], *, count: bool = True) 
         return [shard for item in spec for shard in find_shards(item, count=count)]
     text = str(spec)
     if _is_manifest(text):
-        return _shards_of_manifest(text)
+        if not is_remote(text):
+            _refuse_moving(Path(text).parent)
+        return [_believed(shard) for shard in read_manifest(text)]
     urls = [url for pattern in braceexpand.braceexpand(text) for url in _expand_pattern(pattern, spec=text)]
     if not count:
         return [Shard(url) for url in urls]
-    manifests: dict[Path, dict[str, Any]] = {}
-    return [Shard(url, _count_samples(url, manifests)) for url in urls]
+    folders = {Path(url).parent for url in urls if not is_remote(url)}
+    manifests = [folder / MANIFEST for folder in folders if (folder / MANIFEST).is_file()]
+    listed = {shard.url: shard for manifest in manifests for shard in read_manifest(manifest)}
+    return [_believed(listed[url]) if url in listed else Shard(url, _count(url)) for url in urls]
+
+
+def read_manifest(name: str | Path) -> list[Shard]:
+    """The shards that a manifest lists, with what it says of them, whatever their files are.
+
+    Args:
+        name: Its path or its http(s) URL.
+
+    Raises:
+        ValueError: It is no manifest; or it was fetched, and lists what is neither beside it nor behind http(s).
+    """
+    text = _download(str(name)) if is_remote(str(name)) else Path(name).read_text()
+    try:
+        entries = [(str(entry["name"]), int(entry["samples"]), entry) for entry in json.loads(text)["shards"]]
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} is no manifest ({type(error).__name__}: {error}), expected "
+            '{"shards": [{"name": …, "samples": …}, …]}; write it again with avar convert or ShardWriter'
+        ) from error
+    return [
+        Shard(_url_of(own, str(name)), samples, entry.get("bytes"), entry.get("sha256"))
+        for own, samples, entry in entries
+    ]
 
 
 def _expand_pattern(pattern: str, *, spec: str) -> list[str]:
@@ -117,42 +143,32 @@ def _is_manifest(text: str) -> bool:
     return text.endswith(MANIFEST) and Path(text).is_file()
 
 
-def _shards_of_manifest(name: str) -> list[Shard]:
-    """Shards beside a manifest, or where it says."""
-    text = _download(name) if is_remote(name) else Path(name).read_text()
-    try:
-        entries = [(str(entry["name"]), int(entry["samples"]), entry) for entry in json.loads(text)["shards"]]
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{name} is no manifest ({type(error).__name__}: {error}), expected "
-            '{"shards": [{"name": …, "samples": …}, …]}; write it again with avar convert or ShardWriter'
-        ) from error
-    if not is_remote(name):
-        _refuse_moving(Path(name).parent)
-    return [_listed(name, own, samples, entry) for own, samples, entry in entries]
+def _url_of(name: str, manifest: str) -> str:
+    if not is_remote(manifest):
+        return name if is_remote(name) else str(Path(manifest).parent / name)
+    url = urljoin(manifest, name)
+    if not url.startswith(("http://", "https://")):  # a pipe: would run a stranger's command
+        raise ValueError(f"{manifest} lists {name!r}, expected a file beside it or http(s); name others yourself")
+    return url
 
 
-def _listed(manifest: str, name: str, samples: int, entry: dict[str, Any]) -> Shard:
-    known = entry.get("bytes"), entry.get("sha256")
-    if is_remote(manifest):
-        url = urljoin(manifest, name)
-        if not url.startswith(("http://", "https://")):  # a pipe: would run a stranger's command
-            raise ValueError(f"{manifest} lists {name!r}, expected a file beside it or http(s); name others yourself")
-        return Shard(url, samples, *known)
-    if is_remote(name):
-        return Shard(name, samples, *known)
-    path = Path(manifest).parent / name
-    return Shard(str(path), _believed(path, samples, known[0]))
-
-
-def _believed(path: Path, samples: int, size: int | None) -> int:
-    """What a manifest says of a shard, unless the file is another one."""
-    if size is None or not path.exists() or path.stat().st_size == size:
-        return samples
+def _believed(shard: Shard) -> Shard:
+    """What a manifest says of a shard, unless the local file is another one."""
+    if is_remote(shard.url):
+        return shard
+    path = Path(shard.url)
+    if shard.bytes is None or not path.exists() or path.stat().st_size == shard.bytes:
+        return Shard(shard.url, shard.samples)
     log.warning("%s is not the file that its %s lists; counting its samples again", path, MANIFEST)
     index = index_tar(path)
     # What is cut off still counts, so that its reader misses and reports it.
-    return max(samples, len(index.samples) + 1) if index.problem else len(index.samples)
+    found = len(index.samples)
+    return Shard(shard.url, max(shard.samples or 0, found + 1) if index.problem else found)
+
+
+def may_pass(status: int) -> bool:
+    """Whether a server that answers with such a status may answer otherwise later."""
+    return status >= 500 or status in (408, 425, 429)
 
 
 def _download(url: str) -> str:
@@ -174,25 +190,15 @@ class _Busy(OSError):
 
 def _download_once(url: str) -> str:
     answer = httpx2.get(url, follow_redirects=True)
-    if answer.status_code >= 500 or answer.status_code in (408, 425, 429):
+    if may_pass(answer.status_code):
         raise _Busy(f"{url} answered with status {answer.status_code}; try again when the server is well")
     if answer.status_code >= 400:
         raise FileNotFoundError(f"{url} answered with status {answer.status_code}; expected a {MANIFEST}")
     return answer.text
 
 
-def _count_samples(url: str, manifests: dict[Path, dict[str, Any]]) -> int | None:
+def _count(url: str) -> int | None:
     if is_remote(url):
         return None
-    path = Path(url)
-    if path.parent not in manifests:
-        manifest = path.parent / MANIFEST
-        entries = json.loads(manifest.read_text())["shards"] if manifest.is_file() else []
-        manifests[path.parent] = {entry["name"]: entry for entry in entries}
-    entry = manifests[path.parent].get(path.name)
-    return _count(path) if entry is None else _believed(path, int(entry["samples"]), entry.get("bytes"))
-
-
-def _count(path: Path) -> int:
-    index = index_tar(path)
+    index = index_tar(url)
     return len(index.samples) + bool(index.problem)

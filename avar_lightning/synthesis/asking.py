@@ -91,7 +91,7 @@ class Asker:
         try:
             self.told(await self._walk(item))
         except BudgetSpent:
-            pass  # left for a later run
+            return  # a later run asks for it
         except Exception as error:
             self._failure = self._failure or error
             self.budget.stop()
