@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from avar_lightning.attention import find_vlm
 from avar_lightning.processing import resolve_pretrained, tokenizer_of
 
 
@@ -112,74 +102,6 @@ def load_model(config: VLMConfig | str = "demo") -> PreTrainedModel | PeftModel:
     for pattern in config.freeze:
         _freeze(model, pattern)
     return _add_lora(model, config.lora) if config.lora else model
-
-
-def shard(model: PreTrainedModel | PeftModel, mesh: DeviceMesh, *, dtype: torch.dtype | None = None) -> None:
-    """Shard the weights over processes with FSDP2, each layer a unit, in place.
-
-    Args:
-        model: On any device; its weights move to the mesh's.
-        mesh: One dimension, the processes that share the weights.
-        dtype: Of gathered weights and of the computation; gradients are summed in float32. The weights' own when unset.
-    """
-    units = set(find_vlm(model)._no_split_modules or ())
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype else MixedPrecisionPolicy()
-    for module in [module for module in model.modules() if type(module).__name__ in units]:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-
-
-@contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
-    """Whole weights in every process, where FSDP2 shares them, and sharded again afterwards.
-
-    For generation: it calls parts of a model outside of its forward, and would otherwise gather every layer for every
-    token. Memory must hold the weights once. A collective call at both ends; in between processes are independent.
-    """
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for root in units[:1]:
-        # Generation may call a layer before the root, which would then take itself for one. FSDP2 has no public name
-        # for this, which the root's first forward does.
-        fully_shard.state(root)._lazy_init()  # type: ignore[attr-defined]
-    for unit in units:
-        unit.set_reshard_after_forward(False, recurse=False)
-        unit.unshard()
-    try:
-        yield
-    finally:
-        for unit in units:
-            # The root's weights are needed again at once, in backward; FSDP2 keeps them after a forward by default.
-            unit.set_reshard_after_forward(unit is not units[0], recurse=False)
-            unit.reshard()
-
-
-def whole_state(model: nn.Module) -> dict[str, Any]:
-    """What `save_pretrained` must be given beside the folder: gathered weights, where FSDP2 shares them.
-
-    Adapters only, with PEFT. A collective call; only the first process gets the weights.
-    """
-    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        return {}
-    adapters_only = isinstance(model, PeftModel)
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapters_only)
-    return {"state_dict": get_model_state_dict(model, options=options)}
-
-
-def save_weights(model: nn.Module, folder: str | Path) -> None:
-    """Write a model's weights (with PEFT: its adapters) in Hugging Face format, gathered where they are sharded.
-
-    The first process writes; the folder is whole or not there. A collective call, where there are several.
-    """
-    folder = Path(folder)
-    options = whole_state(model)
-    if dist.is_initialized() and dist.get_rank() != 0:
-        return
-    unfinished = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    save: Any = model.save_pretrained
-    save(unfinished, **options)
-    unfinished.rename(folder)
 
 
 def placeholder_ids(config: Any) -> list[int] | None:

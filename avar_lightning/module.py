@@ -15,9 +15,10 @@ from torch import nn
 from torchmetrics import MeanMetric
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
-from avar_lightning.model import VLMConfig, gathered, load_model, placeholder_ids, shard, whole_state
+from avar_lightning.model import VLMConfig, load_model, placeholder_ids
 from avar_lightning.processing import load_processor, padding_id
 from avar_lightning.rewards import judge
+from avar_lightning.sharding import gathered, shard, whole_state
 
 # What a batch carries for us and not for the model's forward.
 NOT_MODEL_INPUTS = ("role_ids", "prompt", "columns", "images")
