@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -58,11 +59,12 @@ class VLMConfig:
             self.lora = LoRAConfig(**self.lora)
 
 
-def load_model(config: VLMConfig | str = "demo") -> PreTrainedModel | PeftModel:
+def load_model(config: VLMConfig | str = "demo", *, on_meta: bool = False) -> PreTrainedModel | PeftModel:
     """Load a Hugging Face vision-language model in evaluation mode.
 
     Args:
         config: A name or folder with every default, or a full configuration.
+        on_meta: Build it without weights, on the meta device: for those who fill it otherwise, or only ask its shape.
 
     Raises:
         FileNotFoundError: `pretrained` is a path without a model.
@@ -75,8 +77,9 @@ def load_model(config: VLMConfig | str = "demo") -> PreTrainedModel | PeftModel:
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attn_implementation}
     info: dict[str, Any] = {}
     try:
-        if config.from_scratch:
-            model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path), **options).eval()
+        if config.from_scratch or on_meta:
+            with torch.device("meta") if on_meta else nullcontext():
+                model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path), **options).eval()
         else:
             loaded: Any = AutoModelForImageTextToText.from_pretrained(path, output_loading_info=True, **options)
             model, info = loaded
@@ -101,7 +104,7 @@ def load_model(config: VLMConfig | str = "demo") -> PreTrainedModel | PeftModel:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for pattern in config.freeze:
         _freeze(model, pattern)
-    return _add_lora(model, config.lora) if config.lora else model
+    return _add_lora(model, config.lora, on_meta=on_meta) if config.lora else model
 
 
 def placeholder_ids(config: Any) -> list[int] | None:
@@ -135,7 +138,7 @@ def _freeze(model: PreTrainedModel, pattern: str) -> None:
         parameter.requires_grad_(False)
 
 
-def _add_lora(model: PreTrainedModel, lora: LoRAConfig) -> PeftModel:
+def _add_lora(model: PreTrainedModel, lora: LoRAConfig, *, on_meta: bool) -> PeftModel:
     peft_config = PeftLoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -145,7 +148,7 @@ def _add_lora(model: PreTrainedModel, lora: LoRAConfig) -> PeftModel:
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, peft_config)
+        return get_peft_model(model, peft_config, low_cpu_mem_usage=on_meta)
     except ValueError as error:
         raise ValueError(
             f"LoRA found no layer to adapt in {type(model).__name__} (targets {lora.targets}, exclude "

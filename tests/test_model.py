@@ -86,3 +86,11 @@ def test_the_shipped_tokenizer_is_the_one_that_the_recipe_makes(tmp_path):
 def test_a_kernel_that_cannot_be_used_is_named():
     with pytest.raises(ValueError, match=r"attn_implementation 'flash_attention_9' cannot be used with 'demo': .*sdpa"):
         load_model(VLMConfig(**BLANK, attn_implementation="flash_attention_9"))
+
+
+def test_on_meta_it_is_the_same_model_without_weights():
+    config = VLMConfig(**BLANK, lora=LoRAConfig(r=4), freeze=["visual"], dtype="bfloat16", gradient_checkpointing=True)
+    whole, blank = load_model(config), load_model(config, on_meta=True)
+    assert {p.device.type for p in [*blank.parameters(), *blank.buffers()]} == {"meta"}
+    of = [{n: (p.shape, p.dtype, p.requires_grad) for n, p in model.named_parameters()} for model in (whole, blank)]
+    assert of[0] == of[1]
