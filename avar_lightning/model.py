@@ -11,9 +11,10 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 
 from avar_lightning.processing import resolve_pretrained, tokenizer_of
+from avar_lightning.quantization import QuantizationConfig, quantization_plan, quantize_skeleton
 
 
 @dataclass
@@ -51,12 +52,21 @@ class VLMConfig:
     freeze: list[str] = field(default_factory=list)
     """Regular expressions, searched in parameter names, of parameters that do not train (e.g. "visual")."""
     lora: LoRAConfig | None = None
-    """Train adapters instead of the weights themselves."""
+    """Train adapters (float32, whatever `dtype`) instead of the weights themselves."""
+    quantization: QuantizationConfig | None = None
+    """Hold the language model's linear layers in 4 bits under the adapters (QLoRA); needs `lora` and bitsandbytes."""
 
     def __post_init__(self) -> None:
-        """Accept the plain dict that a checkpoint keeps of `lora`."""
+        """Accept the plain dicts that a checkpoint keeps of `lora` and `quantization`."""
         if isinstance(self.lora, dict):
             self.lora = LoRAConfig(**self.lora)
+        if isinstance(self.quantization, dict):
+            self.quantization = QuantizationConfig(**self.quantization)
+        if self.quantization and not self.lora:
+            raise ValueError(
+                "vlm.quantization is set and vlm.lora is not, expected both, since 4-bit weights cannot train; add "
+                "--config configs/qlora.yaml or --model.init_args.vlm.lora.r 16, or leave vlm.quantization out."
+            )
 
 
 def load_model(config: VLMConfig | str = "demo", *, on_meta: bool = False) -> PreTrainedModel | PeftModel:
@@ -68,21 +78,15 @@ def load_model(config: VLMConfig | str = "demo", *, on_meta: bool = False) -> Pr
 
     Raises:
         FileNotFoundError: `pretrained` is a path without a model.
+        ImportError: `quantization` without bitsandbytes.
         ValueError: An attention kernel that the model or the machine has not, weights that do not fit the
-            architecture, a `freeze` pattern that matches no parameter, or LoRA
-            targets that match no layer.
+            architecture, a `freeze` pattern that matches no parameter, LoRA targets that match no layer, or a
+            `quantization` that leaves nothing in 4 bits.
     """
     config = VLMConfig(config) if isinstance(config, str) else config
-    path = resolve_pretrained(config.pretrained)
-    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attn_implementation}
-    info: dict[str, Any] = {}
+    plan = _plan(config)
     try:
-        if config.from_scratch or on_meta:
-            with torch.device("meta") if on_meta else nullcontext():
-                model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path), **options).eval()
-        else:
-            loaded: Any = AutoModelForImageTextToText.from_pretrained(path, output_loading_info=True, **options)
-            model, info = loaded
+        model, info = _load(config, plan, on_meta=on_meta)
     except (ImportError, ValueError) as error:
         if config.attn_implementation not in str(error) and "attention" not in str(error).lower():
             raise
@@ -105,6 +109,37 @@ def load_model(config: VLMConfig | str = "demo", *, on_meta: bool = False) -> Pr
     for pattern in config.freeze:
         _freeze(model, pattern)
     return _add_lora(model, config.lora, on_meta=on_meta) if config.lora else model
+
+
+def _plan(config: VLMConfig) -> BitsAndBytesConfig | None:
+    if config.quantization is None:
+        return None
+    with torch.device("meta"):
+        skeleton = AutoModelForImageTextToText.from_config(
+            AutoConfig.from_pretrained(resolve_pretrained(config.pretrained))
+        )
+    return quantization_plan(skeleton, config.quantization, getattr(torch, config.dtype))
+
+
+def _load(
+    config: VLMConfig, plan: BitsAndBytesConfig | None, *, on_meta: bool
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and what transformers says about the keys that it loaded."""
+    source: Any = AutoModelForImageTextToText
+    path: str | None = resolve_pretrained(config.pretrained)
+    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attn_implementation}
+    if config.from_scratch or on_meta:
+        with torch.device("meta") if on_meta else nullcontext():
+            model = source.from_config(AutoConfig.from_pretrained(path), **options).eval()
+        if on_meta or plan is None:
+            return (quantize_skeleton(model, plan) if plan else model), {}
+        source, path = type(model), None
+        options |= {"config": model.config, "state_dict": model.state_dict()}
+    if plan:
+        # Quantised one by one where they will be used: Lightning makes its device the default while a model is built.
+        options |= {"quantization_config": plan, "device_map": {"": torch.get_default_device()}}
+    loaded: tuple[PreTrainedModel, dict[str, Any]] = source.from_pretrained(path, output_loading_info=True, **options)
+    return loaded
 
 
 def placeholder_ids(config: Any) -> list[int] | None:
@@ -148,7 +183,7 @@ def _add_lora(model: PreTrainedModel, lora: LoRAConfig, *, on_meta: bool) -> Pef
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, peft_config, low_cpu_mem_usage=on_meta)
+        return get_peft_model(model, peft_config, low_cpu_mem_usage=on_meta).eval()
     except ValueError as error:
         raise ValueError(
             f"LoRA found no layer to adapt in {type(model).__name__} (targets {lora.targets}, exclude "
