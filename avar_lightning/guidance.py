@@ -8,6 +8,7 @@ only up to a target. The mathematics is in `losses.py`; here it meets a recorded
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -73,15 +74,20 @@ class GuidanceOutput:
     loss: Tensor
     logs: dict[str, Tensor]
     num_guided: Tensor
-    """Samples of the batch that have query, image and system tokens, or for `published` what one of its terms needs."""
+    """Samples of the batch (of several processes: their mean) that have query, image and system tokens, or for
+    `published` what one of its terms needs."""
 
 
-def guide(record: AttentionRecord, config: GuidanceConfig) -> GuidanceOutput:
+def guide(
+    record: AttentionRecord, config: GuidanceConfig, *, over_processes: Callable[[Tensor], Tensor] | None = None
+) -> GuidanceOutput:
     """The weighted auxiliary loss of a recorded forward, and what to log of it.
 
     Args:
         record: Of `observe_attention` with the queries and layers of `config`, after the forward.
         config: Form and weights.
+        over_processes: Gives the mean of a tensor over the processes that average their gradients, a collective call.
+            The loss, averaged over them, and what is logged are then those of all their samples.
 
     Returns:
         The loss, and by metric name (under `train/`) its parts, mean attention mass on image and system, the image's
@@ -90,31 +96,41 @@ def guide(record: AttentionRecord, config: GuidanceConfig) -> GuidanceOutput:
     image, system = record.mass_of(Role.IMAGE), record.mass_of(Role.SYSTEM)
     query_mask = record.query_mask(*config.query_roles)
     num_image, num_system = ((record.role_ids == role).sum(dim=1) for role in (Role.IMAGE, Role.SYSTEM))
-    logs: dict[str, Tensor] = {}
+    over_processes = over_processes or _alone
     if config.form == "published":
-        enhance, suppress = attention_guidance_loss(image, system, query_mask, num_image, num_system, eps=config.eps)
-        logs |= {"loss_enhance_img": enhance, "loss_suppress_sys": suppress}
+        enhance, suppress = attention_guidance_loss(
+            image, system, query_mask, num_image, num_system, eps=config.eps, over_processes=over_processes
+        )
+        parts = {"loss_enhance_img": enhance, "loss_suppress_sys": suppress}
         loss = config.alpha * enhance + config.beta * suppress
     else:
         target = config.target if config.form == "hinge" else None
-        share_loss = attention_share_loss(image, system, query_mask, target=target)
-        logs["loss_share"] = share_loss
+        share_loss = attention_share_loss(image, system, query_mask, target=target, over_processes=over_processes)
+        parts = {"loss_share": share_loss}
         loss = config.weight * share_loss
     with torch.no_grad():
         has_image, has_system = num_image > 0, num_system > 0
-        rows = (query_mask & has_image[:, None]).to(image.dtype)[None, :, None, :].expand_as(image)
-        total = rows.sum().clamp(min=1)
-        logs |= {
-            "mass_image": (image * rows).sum() / total,
-            "mass_system": (system * rows).sum() / total,
-            "image_share": visual_attention_score(image, system, query_mask, reduction="share").nanmean(),
-            "vas_ratio_of_means": visual_attention_score(
-                image, system, query_mask, reduction="ratio_of_means"
-            ).nanmean(),
-        }
         has_keys = has_image | has_system if config.form == "published" else has_image & has_system
-        num_guided = (query_mask.any(dim=1) & has_keys).sum()
-    return GuidanceOutput(loss, {name: value.detach() for name, value in logs.items()}, num_guided)
+        rows = (query_mask & has_image[:, None])[None, :, None, :].expand_as(image)
+        scores = {
+            "image_share": visual_attention_score(image, system, query_mask, reduction="share"),
+            "vas_ratio_of_means": visual_attention_score(image, system, query_mask, reduction="ratio_of_means"),
+        }
+        # Sums and what they are sums over, so that processes can be added up.
+        sums = {name: (value.detach(), torch.ones_like(value)) for name, value in parts.items()}
+        sums |= {"mass_image": (image[rows].sum(), rows.sum()), "mass_system": (system[rows].sum(), rows.sum())}
+        sums |= {name: (value.nansum(), value.isfinite().sum()) for name, value in scores.items()}
+        sums["guided"] = ((query_mask.any(dim=1) & has_keys).sum(), torch.ones_like(loss))
+        pairs = over_processes(
+            torch.stack([torch.stack([top.to(loss.dtype), n.to(loss.dtype)]) for top, n in sums.values()])
+        )
+        means = dict(zip(sums, (pairs[:, 0] / pairs[:, 1]).unbind()))
+    num_guided = means.pop("guided")
+    return GuidanceOutput(loss, means, num_guided)
+
+
+def _alone(values: Tensor) -> Tensor:
+    return values
 
 
 class GamingMonitor:
@@ -135,9 +151,9 @@ class GamingMonitor:
     def update(self, lm_loss: float, system_mass: float) -> str | None:
         """Take one step's values; returns the warning the first time that both signals hold, else `None`.
 
-        A mass of 0 means a batch without system tokens or queries, and is passed over.
+        A mass of 0 or NaN means a batch without system tokens or queries, and is passed over.
         """
-        if system_mass <= 0:
+        if not system_mass > 0:
             return None
         self.steps += 1
         mix = 1 / min(self.steps, self.window)

@@ -11,13 +11,14 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from avar_lightning.model import VLMConfig, load_model, placeholder_ids
 from avar_lightning.processing import load_processor, padding_id
 from avar_lightning.rewards import judge
+from avar_lightning.scoring import ScoringConfig, lm_loss
 from avar_lightning.sharding import gathered, shard, whole_state
 
 # What a batch carries for us and not for the model's forward.
@@ -57,22 +58,30 @@ class VLMModule(L.LightningModule):
         vlm: Which model, and how to load it.
         optimizer: AdamW and its schedule.
         max_new_tokens: Longest greedy answer in validation, test and prediction; 0 generates nothing.
+        scoring: How log-probabilities are computed without holding all logits.
     """
 
     model: nn.Module  # a Hugging Face PreTrainedModel, PEFT-wrapped with LoRA; there from `configure_model` on
 
-    def __init__(self, vlm: VLMConfig | None, optimizer: OptimizerConfig | None, max_new_tokens: int) -> None:
+    def __init__(
+        self,
+        vlm: VLMConfig | None,
+        optimizer: OptimizerConfig | None,
+        max_new_tokens: int,
+        scoring: ScoringConfig | None = None,
+    ) -> None:
         super().__init__()
         self.vlm = as_config(VLMConfig, vlm)
         self.optimizer_config = as_config(OptimizerConfig, optimizer)
         self.max_new_tokens = max_new_tokens
+        self.scoring = as_config(ScoringConfig, scoring)
         self.processor = load_processor(self.vlm.pretrained)
         self.validation_loss = MeanMetric()
         self.accuracy = MeanMetric()
 
     def save_configuration(self, **own: Any) -> None:
         """Keep the configuration in checkpoints, as plain types."""
-        shared = {"vlm": asdict(self.vlm), "optimizer": asdict(self.optimizer_config)}
+        shared = {"vlm": asdict(self.vlm), "optimizer": asdict(self.optimizer_config), "scoring": asdict(self.scoring)}
         self.save_hyperparameters(shared | {"max_new_tokens": self.max_new_tokens} | own)
 
     def configure_model(self) -> None:
@@ -99,13 +108,22 @@ class VLMModule(L.LightningModule):
         inputs = {name: value for name, value in batch.items() if name not in NOT_MODEL_INPUTS}
         return self.model(**inputs, use_cache=False)
 
+    def lm_loss(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of a collated batch, summed over its labelled tokens, and their number."""
+        inputs = {name: value for name, value in batch.items() if name not in (*NOT_MODEL_INPUTS, "labels")}
+        return lm_loss(self.model, inputs, batch["labels"], config=self.scoring)
+
+    def mean_over_processes(self, values: Tensor) -> Tensor:
+        """Mean of a tensor over the processes, without a gradient; a collective call."""
+        mean: Any = self.trainer.strategy.reduce(values.detach().clone(), reduce_op="mean")
+        return mean
+
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """LM loss of the reference responses, and accuracy of generated ones."""
-        loss = self(batch).loss
+        total, count = self.lm_loss(batch)
         size = len(batch["input_ids"])
-        num_labels = (batch["labels"][:, 1:] != -100).sum()
-        if num_labels:  # a batch of prompts without reference responses has no loss
-            self.validation_loss.update(loss, weight=num_labels)
+        if count:  # a batch of prompts without reference responses has no loss
+            self.validation_loss.update(total / count, weight=count)
         stage = "test" if self.trainer.testing else "val"
         self.log(f"{stage}/loss", self.validation_loss, batch_size=size)
         if self.max_new_tokens:

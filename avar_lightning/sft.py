@@ -15,6 +15,7 @@ from avar_lightning.attention import observe_attention
 from avar_lightning.guidance import GamingMonitor, GuidanceConfig, GuidanceOutput, guide
 from avar_lightning.model import VLMConfig
 from avar_lightning.module import OptimizerConfig, VLMModule, as_config
+from avar_lightning.scoring import ScoringConfig
 
 # Logged batches in a row without a sample to guide after which the run stops.
 PATIENCE = 10
@@ -31,6 +32,7 @@ class SFTModule(VLMModule):
         guidance: The auxiliary loss; `form: none` (or weight 0) is plain SFT bit for bit.
         optimizer: AdamW and its schedule.
         max_new_tokens: Longest answer generated in validation to measure `val/accuracy`; 0 generates nothing.
+        scoring: How the LM loss is computed without holding all logits.
     """
 
     def __init__(
@@ -39,8 +41,9 @@ class SFTModule(VLMModule):
         guidance: GuidanceConfig | None = None,
         optimizer: OptimizerConfig | None = None,
         max_new_tokens: int = 0,
+        scoring: ScoringConfig | None = None,
     ) -> None:
-        super().__init__(vlm, optimizer, max_new_tokens)
+        super().__init__(vlm, optimizer, max_new_tokens, scoring)
         self.guidance = as_config(GuidanceConfig, guidance)
         self.save_configuration(guidance=asdict(self.guidance))
         self.gaming = GamingMonitor()
@@ -55,17 +58,20 @@ class SFTModule(VLMModule):
             else nullcontext()
         )
         with observing as record:
-            loss_lm = self(batch).loss
-        logs = {"loss_lm": loss_lm.detach()}
-        loss = loss_lm
+            total, count = self.lm_loss(batch)
+        # Gradients are averaged over processes, so that a sum is divided by the mean number of tokens.
+        loss = loss_lm = total / self.mean_over_processes(count.to(total.dtype)).clamp(min=1)
+        guided = None
         if record is not None:
-            guided = guide(record, guidance)
+            guided = guide(record, guidance, over_processes=self.mean_over_processes)
             loss = loss_lm + guided.loss
+        means = self.mean_over_processes(torch.stack([loss, loss_lm]).detach())
+        logs = {"loss_lm": means[1]}
+        if guided is not None:
             logs |= guided.logs
-            self._watch(loss_lm, guided)
-        logs["loss"] = loss.detach()
+            self._watch(means[1], guided)
         size = len(batch["input_ids"])
-        self.log("train/loss", logs.pop("loss"), prog_bar=True, batch_size=size)
+        self.log("train/loss", means[0], prog_bar=True, batch_size=size)
         self.log_dict({f"train/{name}": value for name, value in logs.items()}, batch_size=size)
         return loss
 

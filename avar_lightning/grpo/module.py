@@ -32,6 +32,7 @@ from avar_lightning.rewards import RewardConfig, VisualAttentionReward, call_rew
 from avar_lightning.roles import Role
 from avar_lightning.rollout import HFRolloutEngine, Prompts, RolloutEngine, SamplingConfig
 from avar_lightning.rollout.hf_engine import evaluating
+from avar_lightning.scoring import ScoringConfig
 from avar_lightning.vas import visual_attention_score
 
 DEFAULT_REWARDS = (
@@ -63,6 +64,7 @@ class GRPOModule(VLMModule):
         rollout: What samples completions; the model itself when unset. Not kept in checkpoints.
         optimizer: AdamW and its schedule.
         max_new_tokens: Longest greedy answer in validation to measure `val/accuracy`; 0 generates nothing.
+        scoring: How log-probabilities are computed without holding all logits.
     """
 
     def __init__(
@@ -75,8 +77,9 @@ class GRPOModule(VLMModule):
         rollout: RolloutEngine | None = None,
         optimizer: OptimizerConfig | None = None,
         max_new_tokens: int = 0,
+        scoring: ScoringConfig | None = None,
     ) -> None:
-        super().__init__(vlm, optimizer, max_new_tokens)
+        super().__init__(vlm, optimizer, max_new_tokens, scoring)
         self.automatic_optimization = False
         self.grpo = as_config(GRPOConfig, grpo)
         self.sampling = as_config(SamplingConfig, sampling)
@@ -241,7 +244,9 @@ class GRPOModule(VLMModule):
                 if observing:
                     watch = observe_attention(model, batch.role_ids, queries=(Role.RESPONSE,), layers=layers)
                 with watch as record:
-                    values, _ = completion_logps(model, batch, temperature=self.sampling.temperature)
+                    values, _ = completion_logps(
+                        model, batch, temperature=self.sampling.temperature, scoring=self.scoring
+                    )
                 for index, row, mask in zip(chunk, values, batch.completion_mask):
                     logps[index] = row[mask]
                 if observing:
@@ -318,7 +323,7 @@ class GRPOModule(VLMModule):
             batch = self._batch(rollouts, chunk)
             mask = batch.completion_mask
             logps, entropy = completion_logps(
-                self.model, batch, temperature=self.sampling.temperature, with_entropy=True
+                self.model, batch, temperature=self.sampling.temperature, with_entropy=True, scoring=self.scoring
             )
             old = logps.detach() if rollouts.old_logps is None else padded(_at(rollouts.old_logps, filled), logps)
             out = grpo_loss(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from avar_lightning.data.collate import Collator, is_sequence
 from avar_lightning.roles import Role
+from avar_lightning.scoring import ScoringConfig, score_tokens
 
 
 @dataclass
@@ -73,7 +73,12 @@ def completion_batch(
 
 
 def completion_logps(
-    model: nn.Module, batch: CompletionBatch, *, temperature: float = 1.0, with_entropy: bool = False
+    model: nn.Module,
+    batch: CompletionBatch,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    scoring: ScoringConfig | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each token of the completions, under the policy at the sampling temperature.
 
@@ -82,21 +87,18 @@ def completion_logps(
         batch: Of `completion_batch`.
         temperature: Divides the logits.
         with_entropy: Also give the entropy of each position, without a gradient.
+        scoring: How it is computed.
 
     Returns:
-        Log-probabilities (B, T), float32, with a gradient where the forward has one, meaningless where the mask is
+        Log-probabilities (B, T), float32, with a gradient where the forward has one, 0 where the mask is
         false; entropies (B, T) in nats, or None.
     """
-    num_tokens = batch.completion_ids.shape[1]
-    forward: Any = model
-    # The logits that say something about a completion are those from the prompt's last token on.
-    output = forward(**batch.inputs, use_cache=False, logits_to_keep=num_tokens + 1)
-    logits_BTV = output.logits[:, -num_tokens - 1 : -1].float() / temperature
-    normaliser = logits_BTV.logsumexp(2)
-    logps = logits_BTV.gather(2, batch.completion_ids[..., None]).squeeze(2) - normaliser
-    if not with_entropy:
-        return logps, None
-    with torch.no_grad():
-        detached = logits_BTV.detach()
-        entropy = normaliser.detach() - (detached.softmax(2) * detached).sum(2)
-    return logps, entropy
+    return score_tokens(
+        model,
+        batch.inputs,
+        batch.completion_ids,
+        batch.completion_mask,
+        config=scoring,
+        temperature=temperature,
+        with_entropy=with_entropy,
+    )

@@ -10,6 +10,7 @@ from avar_lightning.losses.policy import (
     importance_weights,
     kl_divergence,
 )
+from avar_lightning.losses.tokens import token_logps
 
 __all__ = [
     "IMPORTANCE_LEVELS",
@@ -22,4 +23,5 @@ __all__ = [
     "importance_weights",
     "kl_divergence",
     "query_mean",
+    "token_logps",
 ]

@@ -5,6 +5,8 @@ Shape letters: L layers, B samples, H heads, N query rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from avar_lightning.vas import check_masses
@@ -18,6 +20,7 @@ def attention_guidance_loss(
     num_system: Tensor,
     *,
     eps: float = 1e-6,
+    over_processes: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The published objective: attend to the image, ignore the system prompt (AVAR's AGTO, arXiv 2603.03825).
 
@@ -37,6 +40,8 @@ def attention_guidance_loss(
         num_image: Image tokens of each sample (B,).
         num_system: System tokens of each sample (B,).
         eps: Added inside the logarithm.
+        over_processes: Gives the mean of a count over the processes that average their gradients, a collective call.
+            The mean over samples is then that over the samples of all of them, once it is averaged too.
 
     Returns:
         enhance and suppress, scalars. Exactly 0, with a gradient of 0, when no sample qualifies.
@@ -60,7 +65,7 @@ def attention_guidance_loss(
 
     def mean_log(mass: Tensor, num_keys: Tensor) -> Tensor:
         weight = query_mean(mass, query_mask) / num_keys.clamp(min=1)[:, None]
-        return _sample_mean((weight + eps).log(), mass, has_queries & (num_keys > 0))
+        return _sample_mean((weight + eps).log(), mass, has_queries & (num_keys > 0), over_processes)
 
     return -mean_log(mass_image, num_image), mean_log(mass_system, num_system)
 
@@ -72,6 +77,7 @@ def attention_share_loss(
     *,
     target: float | None = None,
     eps: float = 1e-6,
+    over_processes: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """The bounded objective: the image's share of the attention that image and system prompt get.
 
@@ -89,6 +95,7 @@ def attention_share_loss(
         query_mask: The queries, bool (B, N).
         target: Share from which on a head is left alone, in (0, 1].
         eps: Keeps the logarithm of a head that ignores both finite.
+        over_processes: As in `attention_guidance_loss`.
 
     Returns:
         Scalar. Exactly 0, with a gradient of 0, when no sample qualifies.
@@ -108,7 +115,7 @@ def attention_share_loss(
     sees_both = (image_LBH > 0).any(2).any(0) & (system_LBH > 0).any(2).any(0)
     share_LBH = (image_LBH + eps) / (image_LBH + system_LBH + eps)
     loss_LBH = -share_LBH.log() if target is None else (target - share_LBH).relu()
-    return _sample_mean(loss_LBH, mass_image, sees_both)
+    return _sample_mean(loss_LBH, mass_image, sees_both, over_processes)
 
 
 def query_mean(mass: Tensor, query_mask: Tensor) -> Tensor:
@@ -117,8 +124,13 @@ def query_mean(mass: Tensor, query_mask: Tensor) -> Tensor:
     return total / query_mask.sum(1).clamp(min=1)[:, None]
 
 
-def _sample_mean(loss_LBH: Tensor, mass: Tensor, qualifies: Tensor) -> Tensor:
+def _sample_mean(
+    loss_LBH: Tensor, mass: Tensor, qualifies: Tensor, over_processes: Callable[[Tensor], Tensor] | None
+) -> Tensor:
     """Mean over layers, heads and the samples that qualify; without any, a 0 with the graph of `mass`."""
     # A rank whose batch has no image must still take part in the backward of the others.
     per_sample = loss_LBH.mean((0, 2)).where(qualifies, 0.0)
-    return per_sample.sum() / qualifies.sum().clamp(min=1) + 0.0 * mass.sum()
+    count = qualifies.sum().to(mass.dtype)
+    if over_processes is not None:
+        count = over_processes(count)
+    return per_sample.sum() / count.where(count > 0, 1.0) + 0.0 * mass.sum()
