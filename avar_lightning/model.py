@@ -126,19 +126,20 @@ def _load(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model, and what transformers says about the keys that it loaded."""
     source: Any = AutoModelForImageTextToText
-    path: str | None = resolve_pretrained(config.pretrained)
+    path = resolve_pretrained(config.pretrained)
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attn_implementation}
     if config.from_scratch or on_meta:
         with torch.device("meta") if on_meta else nullcontext():
             model = source.from_config(AutoConfig.from_pretrained(path), **options).eval()
         if on_meta or plan is None:
             return (quantize_skeleton(model, plan) if plan else model), {}
-        source, path = type(model), None
+        source = type(model)
         options |= {"config": model.config, "state_dict": model.state_dict()}
     if plan:
         # Quantised one by one where they will be used: Lightning makes its device the default while a model is built.
         options |= {"quantization_config": plan, "device_map": {"": torch.get_default_device()}}
-    loaded: tuple[PreTrainedModel, dict[str, Any]] = source.from_pretrained(path, output_loading_info=True, **options)
+    folder = None if config.from_scratch else path
+    loaded: tuple[PreTrainedModel, dict[str, Any]] = source.from_pretrained(folder, output_loading_info=True, **options)
     return loaded
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -87,6 +88,7 @@ class VLMModule(L.LightningModule):
     def configure_model(self) -> None:
         """Load the weights; here and not earlier, so that a sharding strategy can place them."""
         if not hasattr(self, "model"):
+            self._refuse_sharding_4_bits()
             # Loaded models come in eval mode, which Lightning would keep: no checkpointing, no adapter dropout.
             self.model = load_model(self.vlm).train()
             self.shard(self.model)
@@ -98,6 +100,49 @@ class VLMModule(L.LightningModule):
         if self.device_mesh is not None:
             mixed = self.trainer.precision == "bf16-mixed"
             shard(model, self.device_mesh["data_parallel"], dtype=torch.bfloat16 if mixed else None)
+
+    def _refuse_sharding_4_bits(self) -> None:
+        strategy = type(self._trainer.strategy if self._trainer else None).__name__
+        if self.vlm.quantization and any(name in strategy for name in ("FSDP", "ModelParallel", "DeepSpeed")):
+            raise ValueError(
+                f"trainer.strategy is {strategy}, which cannot share 4-bit weights among processes, expected ddp (or "
+                "auto), where each holds them all; set it, or leave vlm.quantization out (--config configs/lora.yaml)."
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave a 4-bit base out: it is loaded again from where it came from."""
+        if self.vlm.quantization and "state_dict" in checkpoint:
+            if self.vlm.from_scratch:
+                raise ValueError(
+                    "vlm.from_scratch with vlm.quantization makes random weights that no checkpoint keeps, expected "
+                    "trained ones under the adapters; set vlm.from_scratch false."
+                )
+            base = self._base_names()
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in base}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights; those of a 4-bit base may be absent, since they are there already, and no others.
+
+        Raises:
+            ValueError: Under `quantization`, an adapter is missing, unknown or of another shape.
+        """
+        if not self.vlm.quantization:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        base = self._base_names()
+        adapters = {name: tensor for name, tensor in state_dict.items() if name not in base}
+        try:
+            found = super().load_state_dict(adapters, strict=False, assign=assign)
+        except RuntimeError as error:
+            raise ValueError(_misfit(" ".join(str(error).split()))) from error
+        missing = sorted(set(found.missing_keys) - base)
+        if strict and (missing or found.unexpected_keys):
+            raise ValueError(_misfit(f"missing {missing}, unknown {found.unexpected_keys}"))
+        return found
+
+    def _base_names(self) -> set[str]:
+        """Names of everything in the model's state that does not train."""
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        return {f"model.{name}" for name in self.model.state_dict() if name not in trained}
 
     def setup(self, stage: str) -> None:
         """Take the data's processor, whose limits on pixels are those that the exported model needs."""
@@ -210,3 +255,10 @@ class VLMModule(L.LightningModule):
             self.model.save_pretrained(folder, **options)  # type: ignore[operator]
             self.processor.save_pretrained(folder)
         return folder
+
+
+def _misfit(how: str) -> str:
+    return (
+        f"The checkpoint does not fit the adapters ({how}), expected every one of theirs; give the vlm.lora that it was "
+        "trained with."
+    )

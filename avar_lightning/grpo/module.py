@@ -151,7 +151,8 @@ class GRPOModule(VLMModule):
         self.engine.teardown()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the reference out: it is loaded again from where it came from."""
+        """Leave the reference out too: it is loaded again from where it came from."""
+        super().on_save_checkpoint(checkpoint)
         state = checkpoint.get("state_dict", {})
         for name in [name for name in state if name.startswith("reference.")]:
             del state[name]
