@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,11 +17,22 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
+from avar_lightning.checkpoints import (
+    IMAGE_SIZE,
+    PACE,
+    keep_by_name,
+    keep_pace,
+    refuse_unfit,
+    seed_step,
+    take_by_number,
+    updates_per_epoch,
+    use_whole_files,
+)
 from avar_lightning.model import VLMConfig, load_model, placeholder_ids
 from avar_lightning.processing import load_processor, padding_id
 from avar_lightning.rewards import judge
 from avar_lightning.scoring import ScoringConfig, lm_loss
-from avar_lightning.sharding import gathered, shard, whole_state
+from avar_lightning.sharding import gathered, load_sharded, whole_state
 
 # What a batch carries for us and not for the model's forward.
 NOT_MODEL_INPUTS = ("role_ids", "prompt", "columns", "images")
@@ -79,6 +91,8 @@ class VLMModule(L.LightningModule):
         self.processor = load_processor(self.vlm.pretrained)
         self.validation_loss = MeanMetric()
         self.accuracy = MeanMetric()
+        self.seed = 0  # of what is random in training, beside that of `seed_everything`
+        self._pace: float | None = None  # of the run that is resumed
 
     def save_configuration(self, **own: Any) -> None:
         """Keep the configuration in checkpoints, as plain types."""
@@ -90,16 +104,19 @@ class VLMModule(L.LightningModule):
         if not hasattr(self, "model"):
             self._refuse_sharding_4_bits()
             # Loaded models come in eval mode, which Lightning would keep: no checkpointing, no adapter dropout.
-            self.model = load_model(self.vlm).train()
-            self.shard(self.model)
+            self.model = self.load().train()
             # Told apart here, before FSDP flattens every parameter to one dimension, and after FSDP2 has replaced them.
             self.vectors = {id(parameter) for parameter in self.model.parameters() if parameter.ndim < 2}
+            refuse_unfit(self._trainer, self)
 
-    def shard(self, model: Any) -> None:
-        """Share a model's weights among processes, where the strategy is ModelParallelStrategy (FSDP2)."""
-        if self.device_mesh is not None:
-            mixed = self.trainer.precision == "bf16-mixed"
-            shard(model, self.device_mesh["data_parallel"], dtype=torch.bfloat16 if mixed else None)
+    def load(self) -> Any:
+        """The model as the strategy wants it: whole, or shared among processes (ModelParallelStrategy, FSDP2)."""
+        load = partial(load_model, self.vlm)
+        if self.device_mesh is None:
+            return load()
+        dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+        offload = getattr(self.trainer.strategy, "cpu_offload", False)
+        return load_sharded(load, self.device_mesh["data_parallel"], dtype=dtype, offload=offload)
 
     def _refuse_sharding_4_bits(self) -> None:
         strategy = type(self._trainer.strategy if self._trainer else None).__name__
@@ -147,6 +164,28 @@ class VLMModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Take the data's processor, whose limits on pixels are those that the exported model needs."""
         self.processor = getattr(getattr(self.trainer, "datamodule", None), "processor", self.processor)
+        use_whole_files(self.trainer)
+
+    def on_train_start(self) -> None:
+        """Go on at the learning rate that belongs to the place in the data."""
+        keep_pace(self.trainer, self._pace)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Let all that is random in a step hang on its number, so that a resumed run draws what it would have."""
+        part = batch_idx % self.trainer.accumulate_grad_batches
+        self.rng = seed_step(self.seed, self.global_step, part, self.global_rank)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what another strategy, or other processes, need to go on."""
+        keep_by_name(checkpoint, self.trainer)
+        checkpoint[PACE] = updates_per_epoch(self.trainer)
+        checkpoint[IMAGE_SIZE] = dict(getattr(self.processor.image_processor, "size", None) or {})
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take it up."""
+        self._pace = checkpoint.get(PACE)
+        if self._trainer is not None:
+            take_by_number(checkpoint, self.trainer)
 
     def forward(self, batch: dict[str, Any]) -> Any:
         """The model's own output for a collated batch, LM loss included where it has labels."""
@@ -223,7 +262,10 @@ class VLMModule(L.LightningModule):
 
     def num_optimizer_steps(self) -> float:
         """Updates of the whole training, infinite where the data's length is unknown."""
-        return self.trainer.estimated_stepping_batches
+        steps = self.trainer.estimated_stepping_batches
+        # Lightning has set the data up for it, too early to give them the position of a checkpoint: let it do so again.
+        self.trainer.fit_loop._combined_loader = None
+        return steps
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over the parameters that train, with warm-up and cosine by step."""
@@ -259,6 +301,6 @@ class VLMModule(L.LightningModule):
 
 def _misfit(how: str) -> str:
     return (
-        f"The checkpoint does not fit the adapters ({how}), expected every one of theirs; give the vlm.lora that it was "
-        "trained with."
+        f"The checkpoint does not fit the adapters ({how}), expected every one of theirs; give the vlm.lora that it "
+        "was trained with."
     )
