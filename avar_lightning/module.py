@@ -107,7 +107,7 @@ class VLMModule(L.LightningModule):
             self.model = self.load().train()
             # Told apart here, before FSDP flattens every parameter to one dimension, and after FSDP2 has replaced them.
             self.vectors = {id(parameter) for parameter in self.model.parameters() if parameter.ndim < 2}
-            refuse_unfit(self._trainer, self)
+            refuse_unfit(self._trainer, self, absent=self._base_names() if self.vlm.quantization else ())
 
     def load(self) -> Any:
         """The model as the strategy wants it: whole, or shared among processes (ModelParallelStrategy, FSDP2)."""
@@ -127,7 +127,10 @@ class VLMModule(L.LightningModule):
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave a 4-bit base out: it is loaded again from where it came from."""
+        """Keep what other processes need to go on; leave a 4-bit base out, which is loaded again from where it was."""
+        keep_by_name(checkpoint, self.trainer)
+        checkpoint[PACE] = updates_per_epoch(self.trainer)
+        checkpoint[IMAGE_SIZE] = dict(getattr(self.processor.image_processor, "size", None) or {})
         if self.vlm.quantization and "state_dict" in checkpoint:
             if self.vlm.from_scratch:
                 raise ValueError(
@@ -175,14 +178,8 @@ class VLMModule(L.LightningModule):
         part = batch_idx % self.trainer.accumulate_grad_batches
         self.rng = seed_step(self.seed, self.global_step, part, self.global_rank)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what another strategy, or other processes, need to go on."""
-        keep_by_name(checkpoint, self.trainer)
-        checkpoint[PACE] = updates_per_epoch(self.trainer)
-        checkpoint[IMAGE_SIZE] = dict(getattr(self.processor.image_processor, "size", None) or {})
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take it up."""
+        """Take up what was kept for other processes."""
         self._pace = checkpoint.get(PACE)
         if self._trainer is not None:
             take_by_number(checkpoint, self.trainer)

@@ -90,6 +90,18 @@ class SFTModule(VLMModule):
             if warning:
                 rank_zero_warn(warning)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what is watched over many batches."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["watched"] = {"unguided": self.unguided, "gaming": vars(self.gaming).copy()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take it up."""
+        super().on_load_checkpoint(checkpoint)
+        watched = checkpoint.get("watched", {"unguided": 0, "gaming": {}})
+        self.unguided = watched["unguided"]
+        vars(self.gaming).update(watched["gaming"])
+
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,28 +12,82 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from avar_lightning.attention import find_vlm
 
 
-def shard(model: PreTrainedModel | PeftModel, mesh: DeviceMesh, *, dtype: torch.dtype | None = None) -> None:
-    """Shard the weights over processes with FSDP2, each layer a unit, in place.
+def shard(
+    model: PreTrainedModel | PeftModel, mesh: DeviceMesh, *, dtype: torch.dtype | None = None, offload: bool = False
+) -> None:
+    """Share the weights among processes with FSDP2, each decoder layer and vision block a unit, in place.
 
     Args:
-        model: On any device; its weights move to the mesh's.
+        model: On the meta device, or on any other, and the weights move to the mesh's.
         mesh: One dimension, the processes that share the weights.
         dtype: Of gathered weights and of the computation; gradients are summed in float32. The weights' own when unset.
+        offload: Keep each process's part in host memory.
     """
+    options: dict[str, Any] = {"mesh": mesh}
+    if dtype is not None:
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     units = set(find_vlm(model)._no_split_modules or ())
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype else MixedPrecisionPolicy()
     for module in [module for module in model.modules() if type(module).__name__ in units]:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(module, **options)
+    fully_shard(model, **options)
+
+
+def load_sharded(
+    load: Callable[..., PreTrainedModel | PeftModel],
+    mesh: DeviceMesh,
+    *,
+    dtype: torch.dtype | None = None,
+    offload: bool = False,
+) -> PreTrainedModel | PeftModel:
+    """Load a model whose weights processes share; a collective call.
+
+    The first process reads the weights, into host memory; the others get their parts from it, one tensor after the
+    other. So there is one copy in all the machines together, and on a device never more than its part and one tensor.
+
+    Args:
+        load: Loads the model, whole; with `on_meta=True` the same one without weights.
+        mesh: One dimension, the processes that share the weights.
+        dtype: As in `shard`.
+        offload: As in `shard`.
+    """
+    source = load() if dist.get_rank() == 0 else None
+    model = load(on_meta=True)
+    shard(model, mesh, dtype=dtype, offload=offload)
+    device = torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
+    model.to_empty(device="cpu" if offload else device)
+    find_vlm(model).tie_weights()  # new parameters are no longer those of two modules
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=offload, strict=True)
+    set_model_state_dict(model, source.state_dict() if source is not None else {}, options=options)
+    _share_buffers(model, source, device)
+    # What a checkpoint says beside its weights, and a model built from its configuration alone has not.
+    settings: list[Any] = [find_vlm(source).generation_config if source is not None else None]
+    dist.broadcast_object_list(settings, src=0)
+    find_vlm(model).generation_config = settings[0]
+    return model.eval()
+
+
+def _share_buffers(model: nn.Module, source: nn.Module | None, device: torch.device) -> None:
+    """Fill buffers from those of the first process; some are in no state dict."""
+    theirs = dict(source.named_buffers()) if source is not None else {}
+    for prefix, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is None:
+                continue
+            own = theirs[f"{prefix}.{name}" if prefix else name].to(device) if theirs else None
+            own = torch.empty_like(buffer, device=device) if own is None else own.clone()
+            dist.broadcast(own, src=0)
+            module._buffers[name] = own
 
 
 @contextmanager

@@ -71,7 +71,7 @@ def test_without_weight_it_is_plain_sft(make_data, guidance):
     reference = hand_written_sft(make_data())
     for name, tensor in state(module).items():
         # Another order of sums, where Adam divides small by small; a step is 1e-3.
-        torch.testing.assert_close(tensor, reference[name], rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(tensor, reference[name], rtol=1e-5, atol=5e-5)
     again = make_module(GuidanceConfig(form="none"))
     fit(again, make_data())
     assert same(state(module), state(again))

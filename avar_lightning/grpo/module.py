@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import random
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -111,6 +110,7 @@ class GRPOModule(VLMModule):
         self._synced: int | None = None  # the step whose weights the engine has
         self._idle = 0  # batches in a row without a group to learn from
         self._trend = Trend()
+        self.seed = self.sampling.seed
 
     # Set-up
 
@@ -156,11 +156,14 @@ class GRPOModule(VLMModule):
         state = checkpoint.get("state_dict", {})
         for name in [name for name in state if name.startswith("reference.")]:
             del state[name]
-        checkpoint["grpo_start"] = self._trend.first
+        checkpoint["watched"] = {"idle": self._idle, "first": self._trend.first, "last": list(self._trend.last)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the start of the trend, and put the reference's own weights where loading expects them."""
-        self._trend.first = checkpoint.get("grpo_start", [])
+        """Take up what was watched, and put the reference's own weights where loading expects them."""
+        super().on_load_checkpoint(checkpoint)
+        watched = checkpoint.get("watched", {"idle": 0, "first": [], "last": []})
+        self._idle, self._trend.first = watched["idle"], watched["first"]
+        self._trend.last.extend(watched["last"])
         # Strategies that share weights load them by themselves, and leave nothing here.
         if "state_dict" in checkpoint and hasattr(self, "reference"):
             own = self.reference.state_dict()
@@ -185,9 +188,6 @@ class GRPOModule(VLMModule):
                 f"A training batch has {sorted(batch)}, expected prompts (rows, columns, messages, images); set "
                 "--data.init_args.train_prompts true."
             )
-        # Everything random in this step hangs on its number, so that a resumed run draws what the first would have.
-        self.rng = random.Random(f"{self.sampling.seed} {self.global_step} {self.global_rank}")
-        torch.manual_seed(self.rng.getrandbits(63))
         self._seconds: dict[str, float] = {}
         with self._timed("rollout"):
             rollouts = self._sample(Prompts(batch["rows"], batch["messages"], batch["images"]), batch["columns"])
