@@ -119,25 +119,30 @@ def summary_table(
     return "\n".join(lines)
 
 
+def command_line(args: list[str] | None = None, *, kind: type[AvarCLI] = AvarCLI) -> AvarCLI:
+    """Parse a command line and run it, or do what another `kind` does with what was parsed."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    return kind(
+        L.LightningModule,
+        L.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        auto_configure_optimizers=False,
+        parser_class=AvarArgumentParser,
+        args=args,
+    )
+
+
 def main(args: list[str] | None = None) -> int:
     """Run `fit`, `validate`, `test` or `predict`; returns the exit status.
 
     0 when done, 1 when input or environment is at fault (one sentence on stderr), 2 for wrong usage.
     """
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        AvarCLI(
-            L.LightningModule,
-            L.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
-            auto_configure_optimizers=False,
-            parser_class=AvarArgumentParser,
-            args=args,
-        )
+        command_line(args)
     except Exception as error:
         if not told(error):
             raise
