@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 
+from avar_lightning.families import PARTS, family_of, part_pattern
 from avar_lightning.processing import resolve_pretrained, tokenizer_of
 from avar_lightning.quantization import QuantizationConfig, quantization_plan, quantize_skeleton
 
@@ -31,8 +32,9 @@ class LoRAConfig:
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
     """Names (ends) of the linear layers that get an adapter."""
-    exclude: str = r".*(visual|vision).*"
-    """Regular expression of module names that never get one; the default spares the vision tower."""
+    exclude: str | None = None
+    """Regular expression of the full names of modules that never get one; by default vision tower and projector,
+    however the model's family calls them."""
 
 
 @dataclass
@@ -50,7 +52,8 @@ class VLMConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass (non-reentrant): less memory, about a third more time."""
     freeze: list[str] = field(default_factory=list)
-    """Regular expressions, searched in parameter names, of parameters that do not train (e.g. "visual")."""
+    """What does not train: "vision" and "projector" for these parts, however the model's family calls them, and other
+    text as a regular expression that is searched in parameter names (e.g. "layers.0.")."""
     lora: LoRAConfig | None = None
     """Train adapters (float32, whatever `dtype`) instead of the weights themselves."""
     quantization: QuantizationConfig | None = None
@@ -143,13 +146,6 @@ def _load(
     return loaded
 
 
-def placeholder_ids(config: Any) -> list[int] | None:
-    """Tokens that stand for pictures: sampled without one behind them, they break the next forward."""
-    names = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
-    found = {getattr(config, name, None) for name in names}
-    return sorted(token for token in found if isinstance(token, int)) or None
-
-
 def end_ids(model: Any, processor: Any) -> list[int]:
     """Tokens that end an answer: the tokenizer's, and those of the model's own generation settings."""
     own = model.generation_config.eos_token_id
@@ -164,23 +160,26 @@ def up_to_end(tokens: Tensor, ends: list[int]) -> Tensor:
 
 
 def _freeze(model: PreTrainedModel, pattern: str) -> None:
-    frozen = [parameter for name, parameter in model.named_parameters() if re.search(pattern, name)]
+    part = next((part for part in PARTS if part == pattern), None)
+    searched = part_pattern(family_of(model), part) if part else pattern
+    frozen = [parameter for name, parameter in model.named_parameters() if re.search(searched, name)]
     if not frozen:
         raise ValueError(
-            f"freeze pattern {pattern!r} matches no parameter of {type(model).__name__}, expected a regular expression "
-            f"found in names like {next(iter(model.state_dict()))!r}; correct or remove it."
+            f"freeze pattern {pattern!r} matches no parameter of {type(model).__name__}, expected {' or '.join(PARTS)} "
+            f"or a regular expression found in names like {next(iter(model.state_dict()))!r}; correct or remove it."
         )
     for parameter in frozen:
         parameter.requires_grad_(False)
 
 
 def _add_lora(model: PreTrainedModel, lora: LoRAConfig, *, on_meta: bool) -> PeftModel:
+    exclude = lora.exclude or f".*{part_pattern(family_of(model), 'vision', 'projector')}.*"
     peft_config = PeftLoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.targets,
-        exclude_modules=lora.exclude,
+        exclude_modules=exclude,
         task_type="CAUSAL_LM",
     )
     try:
@@ -188,5 +187,5 @@ def _add_lora(model: PreTrainedModel, lora: LoRAConfig, *, on_meta: bool) -> Pef
     except ValueError as error:
         raise ValueError(
             f"LoRA found no layer to adapt in {type(model).__name__} (targets {lora.targets}, exclude "
-            f"{lora.exclude!r}): {error}"
+            f"{exclude!r}): {error}"
         ) from error

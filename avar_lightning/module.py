@@ -28,7 +28,8 @@ from avar_lightning.checkpoints import (
     updates_per_epoch,
     use_whole_files,
 )
-from avar_lightning.model import VLMConfig, load_model, placeholder_ids
+from avar_lightning.families import placeholder_ids
+from avar_lightning.model import VLMConfig, end_ids, load_model
 from avar_lightning.processing import load_processor, padding_id
 from avar_lightning.rewards import judge
 from avar_lightning.scoring import ScoringConfig, lm_loss
@@ -252,7 +253,7 @@ class VLMModule(L.LightningModule):
                 do_sample=False,
                 suppress_tokens=placeholder_ids(self.model.config),
                 pad_token_id=padding_id(self.processor),
-                eos_token_id=self.processor.tokenizer.eos_token_id,
+                eos_token_id=end_ids(self.model, self.processor),
                 synced_gpus=False,
             )
         return self.processor.batch_decode(tokens[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)

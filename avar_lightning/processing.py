@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoProcessor, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 from transformers.utils import is_torchvision_available
+
+from avar_lightning.families import PROCESSORS_BEHIND_TORCHVISION
 
 DEMO_BASE = Path(__file__).parent / "data" / "demo_base"
 # What ships with the package: the base, and the same after the cold start of configs/avar_sft.yaml.
@@ -36,25 +43,78 @@ def resolve_pretrained(pretrained: str | Path) -> str:
 
 @cache
 def image_only(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
-    """`processor_class` without its video processor, which cannot be built when torchvision is missing.
+    """`processor_class` without what videos alone need: a video processor, which needs torchvision, and num2words.
 
     The subclass keeps its parent's name, so that what it saves opens with the parent class elsewhere.
     """
+    parameters = inspect.signature(processor_class.__init__).parameters
+    without = {"video_processor": None} if "video_processor" in parameters else {}
 
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):  # type: ignore[no-untyped-def]
-        processor_class.__init__(self, image_processor, tokenizer, chat_template=chat_template, **kwargs)
+    def __init__(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        given = dict(zip(("image_processor", "tokenizer"), args)) | kwargs
+        with _num2words_in(processor_class.__module__):
+            processor_class.__init__(self, **given, **without)
+
+    # transformers reads off signature and code of a constructor what a processor is made of and which options it has.
+    kept = {name: parameter for name, parameter in parameters.items() if name not in without}
+    __init__.__signature__ = inspect.Signature(list(kept.values()))  # type: ignore[attr-defined]
+
+    def validate_init_kwargs(processor_config, valid_kwargs):  # type: ignore[no-untyped-def]
+        return processor_class.validate_init_kwargs(processor_config, list(kept)[1:])
 
     # A class made here has no name to import, and workers that are spawned get their processor pickled.
     def __reduce__(self):  # type: ignore[no-untyped-def]
-        return _unpickle, (processor_class, self.__dict__)
+        return _unpickle, (processor_class.__name__, self.__dict__)
 
-    return type(processor_class.__name__, (processor_class,), {"__init__": __init__, "__reduce__": __reduce__})
+    # SmolVLM's own asks its video processor first.
+    own = {
+        "__init__": __init__,
+        "__reduce__": __reduce__,
+        "validate_init_kwargs": staticmethod(validate_init_kwargs),
+        "apply_chat_template": ProcessorMixin.apply_chat_template,
+    }
+    return type(processor_class.__name__, (processor_class,), own)
 
 
-def _unpickle(processor_class: Any, state: dict[str, Any]) -> ProcessorMixin:
-    processor: ProcessorMixin = object.__new__(image_only(processor_class))
+def _unpickle(class_name: str, state: dict[str, Any]) -> ProcessorMixin:
+    processor: ProcessorMixin = object.__new__(image_only(find_processor_class(class_name)))
     processor.__dict__.update(state)
     return processor
+
+
+def find_processor_class(class_name: str) -> Any:
+    """A processor class by its name, also one that transformers hides because its file imports torchvision.
+
+    Such a file asks torchvision's image processor for a function of sizes, which its twin for PIL has too.
+    """
+    package = PROCESSORS_BEHIND_TORCHVISION.get(class_name)
+    if package is None or is_torchvision_available():
+        return processor_class_from_name(class_name)
+    name = package.rpartition(".")[2]
+    twin = import_module(f"{package}.image_processing_pil_{name}")
+    with _replaced(sys.modules, f"{package}.image_processing_{name}", twin):
+        return getattr(import_module(f"{package}.processing_{name}"), class_name)
+
+
+@contextmanager
+def _num2words_in(module_name: str) -> Iterator[None]:
+    """Let SmolVLM's processor do without the package that it writes lengths of videos with."""
+    names = vars(sys.modules[module_name])
+    with _replaced(names, "num2words", str) if names.get("num2words", ...) is None else nullcontext():
+        yield
+
+
+@contextmanager
+def _replaced(mapping: dict[str, Any], name: str, value: Any) -> Iterator[None]:
+    before = mapping.get(name, ...)
+    mapping[name] = value
+    try:
+        yield
+    finally:
+        if before is ...:
+            del mapping[name]
+        else:
+            mapping[name] = before
 
 
 def load_processor(
@@ -62,7 +122,7 @@ def load_processor(
 ) -> ProcessorMixin:
     """Load a vision-language processor from a folder, the hub, or the embedded demo base.
 
-    Where torchvision is missing, processors that would need it for video only (Qwen-VL) load image-only.
+    Where torchvision is missing, processors that would need it for video only (Qwen-VL, …) load image-only.
 
     Args:
         pretrained: Folder, hub name, or `"demo"`.
@@ -76,13 +136,13 @@ def load_processor(
     path = resolve_pretrained(pretrained)
     model_type = AutoConfig.from_pretrained(path).model_type
     class_name = PROCESSOR_MAPPING_NAMES.get(model_type)
-    processor_class = processor_class_from_name(class_name) if class_name else None
-    video_only_in_torchvision = (
+    processor_class = find_processor_class(class_name) if class_name else None
+    torchvision_for_nothing = (
         processor_class is not None
         and not is_torchvision_available()
-        and "video_processor" in processor_class.get_attributes()
+        and ("video_processor" in processor_class.get_attributes() or class_name in PROCESSORS_BEHIND_TORCHVISION)
     )
-    loader = image_only(processor_class) if video_only_in_torchvision else AutoProcessor
+    loader = image_only(processor_class) if torchvision_for_nothing else AutoProcessor
     try:
         processor = loader.from_pretrained(path)
     except OSError as error:

@@ -14,7 +14,9 @@ from torch.nn import functional as F
 from transformers import ProcessorMixin
 
 from avar_lightning.data.sample import Sample, SampleError
-from avar_lightning.roles import Role, message_roles
+from avar_lightning.families import has_row_a_sample
+from avar_lightning.roles import ChatTemplateError, Role, message_roles
+from avar_lightning.roles.template import render
 
 IGNORE = -100  # the label that cross-entropy leaves out
 Side = Literal["left", "right"]
@@ -153,14 +155,22 @@ class SampleEncoder:
     def _render(self, messages: list[dict[str, Any]], where: str) -> tuple[list[dict[str, Any]], str]:
         """Render the chat template, with the messages in the form that the template keeps whole.
 
-        Some templates silently drop content that is a string (LLaVA), others want a string for a single text.
+        Some templates silently drop content that is a string (LLaVA), or fail (LLaVA-NeXT), others want a string for a
+        single text.
         """
+        refused = None
         for content in (_as_string, _as_parts):
             form = [{**message, "content": content(message["content"])} for message in messages]
-            text = self.processor.apply_chat_template(form, tokenize=False)
+            try:
+                text = render(form, self.processor)
+            except ChatTemplateError as error:  # it may read one of the two alone
+                refused = error
+                continue
             # Ends only: templates trim content, and some drop the reasoning of earlier turns.
             if all(part.strip()[-16:] in text for part in _texts(messages)):
                 return form, text
+        if refused is not None:
+            raise SampleError(f"{where}: {refused}") from refused
         raise SampleError(f"{where}: the template of {type(self.processor).__name__} drops part of its messages")
 
     def _prompt(
@@ -226,7 +236,7 @@ class Collator:
         if is_sequence(example[name], example["input_ids"]):
             return self._merge_sequences(name, rows, side)
         values = [row.get(name) for row in rows]
-        if _one_row_a_sample(example):
+        if has_row_a_sample(example):
             # Such a model expects a row for each sample of the batch, also for one without an image.
             values = [torch.zeros_like(example[name]) if value is None else value for value in values]
         return _concatenate([value for value in values if value is not None])
@@ -281,15 +291,6 @@ def _asked(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def is_sequence(value: Any, input_ids: Tensor) -> bool:
     """Whether something of a batch has a value for each token."""
     return isinstance(value, Tensor) and value.shape[:2] == input_ids.shape
-
-
-def _one_row_a_sample(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether image tensors have a row for each sample (Idefics, Llama-3.2-Vision), not for each image.
-
-    LLaVA's image sizes tell its (image, patch, …) layout apart from (sample, image, …).
-    """
-    pixels = tensors.get("pixel_values")
-    return pixels is not None and pixels.ndim >= 5 and "image_sizes" not in tensors
 
 
 def _concatenate(values: Sequence[Tensor]) -> Tensor:

@@ -14,8 +14,9 @@ from torch.nn.functional import pad
 
 from avar_lightning.attention import LayerSpec, find_vlm, observe_attention, steer_attention
 from avar_lightning.data.collate import Collator, is_sequence
+from avar_lightning.families import placeholder_ids
 from avar_lightning.interventions.settings import Setting
-from avar_lightning.model import end_ids, placeholder_ids, up_to_end
+from avar_lightning.model import end_ids, up_to_end
 from avar_lightning.processing import padding_id, tokenizer_of
 from avar_lightning.rewards import accuracy_reward, extract_answer
 from avar_lightning.roles import Role

@@ -253,6 +253,10 @@ def _find_turns(
     opening = markers.opens[roles[first]]
     system_end = earliest_end(first - 1)
     start = frame.find(opening, system_end, latest_start(first))
+    if start < 0:
+        trimmed = opening.rstrip()
+        start = frame.find(trimmed, system_end, latest_start(first))
+        opening = opening if start < 0 else trimmed
     system = (0, start)
     if start < 0:  # the system text stands inside the first user turn, or the header is not there at all
         start = frame.rfind(opening, 0, latest_start(0))

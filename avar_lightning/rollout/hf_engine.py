@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from avar_lightning.data.collate import Collator
-from avar_lightning.model import placeholder_ids, up_to_end
+from avar_lightning.families import placeholder_ids
+from avar_lightning.model import up_to_end
 from avar_lightning.processing import padding_id
 from avar_lightning.rollout.engine import Completions, Prompts, SamplingConfig
 from avar_lightning.sharding import gathered

@@ -28,7 +28,7 @@ from tenacity import AsyncRetrying, RetryError, retry_if_exception_type, stop_af
 from torch import nn
 
 from avar_lightning.background import wait_for
-from avar_lightning.model import placeholder_ids
+from avar_lightning.families import placeholder_ids
 from avar_lightning.rollout.engine import Completions, Prompts, SamplingConfig
 from avar_lightning.sharding import save_weights
 

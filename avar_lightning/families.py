@@ -1,0 +1,125 @@
+"""What differs between families of vision-language models, in one table; no other file asks for a model type.
+
+A family that is not in the table gets what transformers itself says about the model, and an error where that is not
+enough. Which families were tried with what is in docs/families.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+Part = Literal["vision", "projector"]
+"""Parts of a model beside its language model: what encodes pictures, and what brings that to the size of tokens."""
+PARTS: tuple[Part, ...] = ("vision", "projector")
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family's modules are called.
+
+    Attributes:
+        vision: Modules that encode pictures, relative to the base model.
+        projector: Modules and parameters that bring it to the size of tokens; those inside `vision` are no part of it.
+        blocks: Classes of the layers in `vision` where transformers names another unit as the one not to be split.
+    """
+
+    vision: tuple[str, ...]
+    projector: tuple[str, ...]
+    blocks: tuple[str, ...] = ()
+
+
+_QWEN = Family(("visual",), ("visual.merger", "visual.deepstack_merger_list"))
+_LLAVA = Family(("vision_tower",), ("multi_modal_projector", "image_newline"))
+
+FAMILIES: dict[str, Family] = {
+    "qwen2_vl": _QWEN,
+    "qwen2_5_vl": _QWEN,
+    "qwen3_vl": _QWEN,
+    "llava": _LLAVA,
+    "llava_next": _LLAVA,
+    "llava_onevision": _LLAVA,
+    "internvl": _LLAVA,
+    "gemma3": _LLAVA,
+    "smolvlm": Family(("vision_model",), ("connector",), ("SmolVLMEncoderLayer",)),
+    "mistral3": _LLAVA,
+    "mllama": Family(("vision_model",), ("multi_modal_projector",)),
+}
+"""By `config.model_type`."""
+
+PROCESSORS_BEHIND_TORCHVISION = {"PixtralProcessor": "transformers.models.pixtral"}
+"""Processors whose file imports torchvision without needing it for images, and their package."""
+
+PLACEHOLDERS = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
+"""Attributes of a config that name tokens which stand for pictures."""
+
+ROW_A_SAMPLE = {"pixel_attention_mask", "aspect_ratio_ids"}
+"""Tensors that only those processors make whose pictures have a row a sample, and not a row a picture (Idefics,
+SmolVLM, Llama-3.2-Vision)."""
+
+
+def family_of(model: PreTrainedModel) -> Family:
+    """The family of a model; one that is not in the table is read off the model.
+
+    Raises:
+        ValueError: It is not in the table, and has no module that encodes pictures under a name of transformers.
+    """
+    known = FAMILIES.get(model.config.model_type)
+    if known is not None:
+        return known
+    base, decoder = model.base_model, model.get_decoder()
+    encoder = model.get_encoder("image")
+    if encoder is model or encoder is base or encoder is decoder:
+        raise ValueError(
+            f"model type {model.config.model_type!r} has no module with a known name that encodes pictures, expected "
+            f"one of {sorted(FAMILIES)} or a model whose get_encoder('image') finds it; add it to FAMILIES in "
+            "avar_lightning/families.py."
+        )
+    children = {name: child for name, child in base.named_children() if not any(m is decoder for m in child.modules())}
+    vision = tuple(name for name, child in children.items() if any(m is encoder for m in child.modules()))
+    return Family(vision, tuple(name for name in children if name not in vision))
+
+
+def part_pattern(family: Family, *parts: Part) -> str:
+    """A regular expression that is found in the dotted names of modules and parameters of the parts.
+
+    >>> bool(re.search(part_pattern(FAMILIES["qwen2_5_vl"], "vision"), "model.visual.blocks.0.attn.qkv"))
+    True
+    >>> bool(re.search(part_pattern(FAMILIES["qwen2_5_vl"], "vision"), "model.visual.merger.mlp.0"))
+    False
+    """
+    projector = _names(family.projector)
+    found = {"vision": rf"(?!{projector}){_names(family.vision)}", "projector": projector}
+    return rf"(^|\.)({'|'.join(found[part] for part in parts)})"
+
+
+def _names(modules: tuple[str, ...]) -> str:
+    return rf"({'|'.join(map(re.escape, modules))})(\.|$)" if modules else r"(?!)"
+
+
+def placeholder_ids(config: Any) -> list[int] | None:
+    """Tokens that stand for pictures: sampled without one behind them, they break the next forward."""
+    found = {getattr(config, name, None) for name in PLACEHOLDERS}
+    return sorted(token for token in found if isinstance(token, int)) or None
+
+
+def has_row_a_sample(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the pictures of a processor's output have a row for each sample, also for one without a picture.
+
+    Elsewhere the (picture, patch, …) layout of the LLaVA families is told apart by its image sizes.
+    """
+    pixels = tensors.get("pixel_values")
+    if pixels is None or "image_sizes" in tensors:
+        return False
+    return bool(ROW_A_SAMPLE & tensors.keys()) or pixels.ndim >= 5
+
+
+def sharding_units(model: PreTrainedModel) -> set[str]:
+    """Classes of the layers that are sharded, or recomputed, as one."""
+    family = FAMILIES.get(model.config.model_type)
+    return set(model._no_split_modules or ()) | set(family.blocks if family else ())
