@@ -1,7 +1,8 @@
 """Lightning callbacks that measure visual attention in any project; import as `avar_lightning.callbacks`."""
 
+from avar_lightning.callbacks.checkpoint import Checkpoint
 from avar_lightning.callbacks.completions import CompletionsCallback
 from avar_lightning.callbacks.intervention import InterventionCallback
 from avar_lightning.callbacks.vas import VASCallback
 
-__all__ = ["CompletionsCallback", "InterventionCallback", "VASCallback"]
+__all__ = ["Checkpoint", "CompletionsCallback", "InterventionCallback", "VASCallback"]

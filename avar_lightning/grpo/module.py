@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 
 from avar_lightning.attention import observe_attention
+from avar_lightning.data.collate import SampleEncoder, has_image
 from avar_lightning.grpo.config import GRPOConfig
 from avar_lightning.grpo.policy import completion_batch, completion_logps
 from avar_lightning.grpo.rollouts import Rollouts, padded
@@ -322,10 +324,12 @@ class GRPOModule(VLMModule):
         for number, chunk in enumerate(chunks):
             filled = self._filled(chunk)
             batch = self._batch(rollouts, chunk)
-            mask = batch.completion_mask
             logps, entropy = completion_logps(
                 self.model, batch, temperature=self.sampling.temperature, with_entropy=True, scoring=self.scoring
             )
+            assert entropy is not None
+            # Without the row that is there for its image alone.
+            logps, entropy, mask = logps[: len(filled)], entropy[: len(filled)], batch.completion_mask[: len(filled)]
             old = logps.detach() if rollouts.old_logps is None else padded(_at(rollouts.old_logps, filled), logps)
             out = grpo_loss(
                 logps,
@@ -344,7 +348,6 @@ class GRPOModule(VLMModule):
             )
             with self._without_sync(number + 1 < len(chunks)):
                 self.manual_backward(out.loss)
-            assert entropy is not None
             logs["loss"] += out.loss.detach()
             logs["entropy"] += (entropy * mask).sum()
             logs["tokens"] += out.num_tokens
@@ -395,10 +398,20 @@ class GRPOModule(VLMModule):
         indices = self._filled(chunk)
         tokens = _at(rollouts.token_ids, indices)
         rows = [rollouts.row(index) for index in indices]
+        # The others' forwards go through the vision tower, and wait for this one there.
+        fills = self.trainer.world_size > 1 and not any(map(has_image, rows))
+        if fills:
+            rows, tokens = [*rows, self._filler], [*tokens, tokens[0][:0]]
         batch = completion_batch(rows, tokens, pad_token_id=padding_id(self.processor), device=self.device)
+        if fills:
+            batch.role_ids[-1] = int(Role.OTHER)
         if not chunk:
             batch.completion_mask = torch.zeros_like(batch.completion_mask)
         return batch
+
+    @cached_property
+    def _filler(self) -> Mapping[str, Tensor]:
+        return SampleEncoder(self.processor, prompt_only=True).filler().prompt_row
 
     @staticmethod
     def _filled(chunk: Sequence[int]) -> list[int]:
