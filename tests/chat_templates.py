@@ -130,7 +130,7 @@ class FakeProcessor:
         return {"input_ids": torch.tensor([self.tokenizer(one)["input_ids"] for one in text])}
 
 
-def _byte_level(control: list[str], bos: str | None) -> Tokenizer:
+def byte_level(control: list[str], bos: str | None) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -141,7 +141,7 @@ def _byte_level(control: list[str], bos: str | None) -> Tokenizer:
     return _finish(tokenizer, control, bos)
 
 
-def _sentence_piece(control: list[str], bos: str, normalizer: normalizers.Normalizer) -> Tokenizer:
+def sentence_piece(control: list[str], bos: str, normalizer: normalizers.Normalizer) -> Tokenizer:
     pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *map(chr, range(33, 127)), "▁", "\n"]
     merges = [("\n", "\n"), ("\n\n", "\n"), ("\n\n", "\n\n")]
     for word in TEXT.split():
@@ -177,7 +177,7 @@ def qwen() -> FakeProcessor:
         "<|image_pad|>",
     ]
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=_byte_level(control, None),
+        tokenizer_object=byte_level(control, None),
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
         chat_template=QWEN_TEMPLATE,
@@ -197,7 +197,7 @@ def llama() -> FakeProcessor:
         "<|image|>",
     ]
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=_byte_level(control, "<|begin_of_text|>"),
+        tokenizer_object=byte_level(control, "<|begin_of_text|>"),
         bos_token="<|begin_of_text|>",
         pad_token="<|pad|>",
         eos_token="<|eot_id|>",
@@ -211,7 +211,7 @@ def llava() -> FakeProcessor:
     """No control tokens: headers are plain words, whose spaces merge with contents. BOS from the tokenizer."""
     normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=_sentence_piece(["<s>", "</s>", "<pad>", "<image>"], "<s>", normalizer),
+        tokenizer_object=sentence_piece(["<s>", "</s>", "<pad>", "<image>"], "<s>", normalizer),
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
@@ -229,7 +229,7 @@ def gemma() -> FakeProcessor:
     control = ["<bos>", "<eos>", "<pad>", "<start_of_turn>", "<end_of_turn>"]
     control += ["<start_of_image>", "<end_of_image>", "<image_soft_token>"]
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=_sentence_piece(control, "<bos>", normalizers.Replace(" ", "▁")),
+        tokenizer_object=sentence_piece(control, "<bos>", normalizers.Replace(" ", "▁")),
         bos_token="<bos>",
         eos_token="<eos>",
         pad_token="<pad>",

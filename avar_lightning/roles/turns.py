@@ -250,15 +250,13 @@ def _find_turns(
         return max((slot.end for slot in slots if slot.message <= index), default=0)
 
     first = int(roles[0] == "system")
-    opening = markers.opens[roles[first]]
+    whole = markers.opens[roles[first]]
     system_end = earliest_end(first - 1)
+    opening = whole if frame.find(whole, system_end, latest_start(first)) >= 0 else whole.rstrip()
     start = frame.find(opening, system_end, latest_start(first))
-    if start < 0:
-        trimmed = opening.rstrip()
-        start = frame.find(trimmed, system_end, latest_start(first))
-        opening = opening if start < 0 else trimmed
     system = (0, start)
     if start < 0:  # the system text stands inside the first user turn, or the header is not there at all
+        opening = whole
         start = frame.rfind(opening, 0, latest_start(0))
         system = (start + len(opening), system_end + len(markers.system_gap))
         if start < 0 or not system_end or not frame.startswith(markers.system_gap, system_end):
@@ -267,31 +265,38 @@ def _find_turns(
     starts, bodies, ends, closes = [start], [start + len(opening)], [], []
     for index, (role, following) in enumerate(pairwise(roles[first:]), first + 1):
         join, close = markers.joins[role, following], markers.closes[role]
-        for omitted in _optional_space(join):
-            end = frame.find(join[omitted:], max(bodies[-1], earliest_end(index - 1)), latest_start(index))
-            if end >= 0:
-                break
-        else:
+        low, high = max(bodies[-1], earliest_end(index - 1)), latest_start(index)
+        forms = ((frame.find(form, low, high), form, omitted) for form, omitted in _without_space(join))
+        end, form, omitted = next((found for found in forms if found[0] >= 0), (-1, "", 0))
+        if end < 0:
             raise refuse(index)
         ends.append(end)
         closes.append(max(end, end - omitted + len(close.rstrip())))
         starts.append(max(end, end - omitted + len(close)))
-        bodies.append(end - omitted + len(join))
+        bodies.append(end + len(form))
     tail = markers.tails[roles[-1]]
-    for omitted in _optional_space(tail):
-        end = len(frame) - len(tail) + omitted
-        if frame.endswith(tail[omitted:]) and end >= max(bodies[-1], earliest_end(len(roles))):
-            break
-    else:
+    low = max(bodies[-1], earliest_end(len(roles)))
+    tails = [(form, omitted) for form, omitted in ((tail, 0), _left_trimmed(tail)) if frame.endswith(form)]
+    form, omitted = next((found for found in tails if len(frame) - len(found[0]) >= low), ("", -1))
+    if omitted < 0:
         raise refuse(len(roles) - 1)
+    end = len(frame) - len(form)
     ends.append(end)
     closes.append(max(end, end - omitted + len(tail.rstrip())))
     return [Turn(*turn) for turn in zip(roles[first:], starts, bodies, ends, closes, strict=True)], system
 
 
-def _optional_space(marker: str) -> tuple[int, int]:
-    """How many leading characters a marker may lack: all, or (where a template writes space after texts) its space."""
-    return 0, len(marker) - len(marker.lstrip())
+def _without_space(marker: str) -> list[tuple[str, int]]:
+    """A marker, and what is left of it where a template writes its outer space beside texts alone.
+
+    Each with the number of characters that it lacks on the left.
+    """
+    left, omitted = _left_trimmed(marker)
+    return [(marker, 0), (left, omitted), (marker.rstrip(), 0), (left.rstrip(), omitted)]
+
+
+def _left_trimmed(marker: str) -> tuple[str, int]:
+    return marker.lstrip(), len(marker) - len(marker.lstrip())
 
 
 def _fill_frame(
