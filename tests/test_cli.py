@@ -65,7 +65,7 @@ def build(args):
 
 
 def test_the_7b_run_is_the_papers():
-    written = yaml.safe_load((CONFIGS / "qwen2_5_vl_7b.yaml").read_text())
+    written = yaml.safe_load((CONFIGS / "qwen2_5_vl_7b_full_8x80gb.yaml").read_text())
     parser = ArgumentParser()
     parser.add_argument("--strategy", type=Strategy)
     strategy = parser.instantiate(parser.parse_object({"strategy": written["trainer"]["strategy"]})).strategy
