@@ -166,16 +166,18 @@ class ShardDataModule(L.LightningDataModule):
             train = stage == "train"
             rank, world_size = self._place()
             prompts = train and self.train_prompts
+            encoder = SampleEncoder(
+                self.processor,
+                max_length=self.max_length,
+                with_prompt=not train,
+                prompt_only=prompts,
+                keep_images=prompts or (self.keep_images and not train),
+            )
+            filler = encoder.filler if world_size > 1 else None
             reader = ShardReader(
                 find_shards(spec),
-                SampleEncoder(
-                    self.processor,
-                    max_length=self.max_length,
-                    with_prompt=not train,
-                    prompt_only=prompts,
-                    keep_images=prompts or (self.keep_images and not train),
-                ),
-                PromptRows() if prompts else Collator(padding_id(self.processor)),
+                encoder,
+                PromptRows() if prompts else Collator(padding_id(self.processor), filler=filler),
                 batch_size=self.batch_size if train else self.val_batch_size,
                 train=train,
                 rank=rank,
@@ -215,6 +217,13 @@ def _clock(trainer: L.Trainer | None) -> Callable[[], Time | None]:
         if trainer is None or trainer.state.fn != "fit":
             return None
         batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-        return Time(batches.processed, trainer.num_training_batches)
+
+        def recount(number: int) -> None:
+            shift = number - batches.processed
+            for name in ("ready", "started", "processed", "completed"):  # their differences say where in a step it was
+                setattr(batches, name, getattr(batches, name) + shift)
+
+        limit, count = trainer.limit_train_batches, trainer.num_training_batches
+        return Time(batches.processed, min(count, limit) if isinstance(limit, int) else count, recount)
 
     return now

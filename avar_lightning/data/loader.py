@@ -9,13 +9,15 @@ from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
-from avar_lightning.data.order import Progress
+from avar_lightning.data.order import Progress, num_batches
 from avar_lightning.data.reader import Delivery, ShardReader, Task
 
 log = logging.getLogger(__name__)
 
+PRODUCT = "batch_size × processes"
 MIN_SEEN = 20  # a share of bad samples is judged as if at least this many had been seen
 
 
@@ -30,10 +32,12 @@ class Time:
     Attributes:
         batches: That were trained in this epoch.
         limit: After which it ends the epoch.
+        recount: Tells it another number of batches that were trained in this epoch.
     """
 
     batches: int
     limit: float
+    recount: Callable[[int], None] = lambda batches: None
 
 
 class ShardLoader:
@@ -109,10 +113,14 @@ class ShardLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where ``state_dict`` was taken: the next iteration reads on, later ones follow from there.
 
+        Batches may be larger or smaller now, and processes more or fewer: the position is one in samples, and the
+        trainer, which counts batches, is told how many of today's size it stands for.
+
         Raises:
             ValueError: The state belongs to other data, or another order of it.
         """
-        theirs, ours = state.get("order") or {}, self.reader.order_key
+        theirs, ours = dict(state.get("order") or {}), dict(self.reader.order_key)
+        before, now = theirs.pop(PRODUCT, None), ours.pop(PRODUCT)
         if theirs != ours:
             changed = (
                 f"{name} {theirs.get(name)!r}, now {ours[name]!r}" for name in ours if theirs.get(name) != ours[name]
@@ -122,8 +130,31 @@ class ShardLoader:
                 "or start a new run from the exported weights (--model.init_args.vlm.pretrained) without --ckpt_path"
             )
         start = Progress(state["epoch"], state["position"], tuple(state["pending"]))
+        number = state["batches"]
+        if before not in (None, now):
+            start, number = self._recounted(start, number)
+            rank_zero_info(
+                f"The {self.name} data go on with sample {start.position - len(start.pending)} of epoch {start.epoch}, "
+                f"in batches of {now} over all processes, {before} before."
+            )
         self._plan.go_on(start)
-        self._restart(state["batches"], start)
+        self._restart(number, start)
+
+    def _recounted(self, start: Progress, number: int) -> tuple[Progress, int]:
+        """The same position, and the number of batches of today's size before it; of a finished epoch the next one."""
+        time, reader = self._clock(), self.reader
+        size, dealt = reader.batch_size * reader.world_size, start.position - len(start.pending)
+        if reader.total is None:
+            return start, dealt // size
+        whole = num_batches(reader.total, size, drop_last=reader.drop_last)
+        counted = whole - num_batches(reader.total - dealt, size, drop_last=reader.drop_last)
+        over = time is not None and time.batches > 0 and number == 0  # Lightning is at the end, and we at a start
+        if time is not None:
+            limit = int(min(whole, time.limit))
+            time.recount(limit if over else min(counted, limit))
+            if not over and counted >= limit:
+                return Progress(start.epoch + 1), 0
+        return start, counted
 
     def __len__(self) -> int:
         if self.reader.num_batches is None:
@@ -131,7 +162,13 @@ class ShardLoader:
         return self.reader.num_batches
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        number = self._delivered[-1][0] if self._plan.start is not None else 0
+        number, time = self._delivered[-1][0] if self._plan.start is not None else 0, self._clock()
+        if self._plan.start is None and time is not None and time.batches:
+            raise ValueError(
+                f"the checkpoint was saved after {time.batches} batches of an epoch, and the {self.name} data were not "
+                "given their position: it is of other data, or configure_optimizers had them set up too early; resume "
+                "from the end of an epoch, or start anew from the exported weights without --ckpt_path"
+            )
         self._plan.begin()
         begun = progress = self._plan.begun
         self._restart(number, begun)

@@ -302,12 +302,27 @@ def test_a_position_in_other_data_is_refused(shards: Callable[..., str], build: 
     for other, says in (
         (build(shards(9, name="more"), seed=1), "samples 8, now 9"),
         (build(shards(8, 3, name="smaller"), seed=1), "shards '.*', now '.*'"),
-        (build(same := shards(8, name="same"), seed=2), "seed 1, now 2"),
-        (build(same, seed=1, batch_size=4), "batch_size × processes 2, now 4"),
+        (build(shards(8, name="same"), seed=2), "seed 1, now 2"),
     ):
         with pytest.raises(ValueError, match=rf"position in the train data was taken with .*{says}.*: restore that"):
             other.load_state_dict(state)
     build(shards(8, name="elsewhere"), seed=1).load_state_dict(state)
+
+
+@pytest.mark.parametrize(("batch_size", "world_size"), [(2, 1), (8, 1), (2, 2), (3, 1)])
+def test_a_position_is_one_in_samples(shards: Callable[..., str], build: Build, batch_size: int, world_size: int):
+    """Whatever a batch is later, each sample of the epoch comes once."""
+    folder = shards(24, 5, words=lambda index: 1 + index * 5 % 11)
+    options = {"seed": 1, "length_group": 8}
+    first = build(folder, batch_size=4, **options)
+    batches = iter(first)
+    seen = flattened([[columns["index"] for columns in next(batches)["columns"]] for _ in range(2)])
+    state = first.state_dict()
+    for rank in range(world_size):
+        loader = build(folder, batch_size=batch_size, rank=rank, world_size=world_size, **options)
+        loader.load_state_dict(state)
+        seen += flattened(indices(loader))
+    assert sorted(seen) == list(range(24))
 
 
 def test_a_position_that_was_loaded_is_not_forgotten(shards: Callable[..., str], build: Build):
