@@ -237,7 +237,8 @@ class VLMModule(L.LightningModule):
                 "max_new_tokens is 0, expected 1 or more to predict; set --model.init_args.max_new_tokens."
             )
         completions = self.generate(batch)
-        return [columns | {"completion": text} for columns, text in zip(batch["columns"], completions)]
+        answered = zip(batch["columns"], completions)
+        return [columns | {"completion": text} for columns, text in answered if not columns.get("repeated")]
 
     @torch.no_grad()
     def generate(self, batch: dict[str, Any]) -> list[str]:

@@ -3,7 +3,7 @@
 Legend: N tokens of one sample, B samples, I images.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from avar_lightning.roles.template import render
 
 IGNORE = -100  # the label that cross-entropy leaves out
 Side = Literal["left", "right"]
+FILLER_SIZE = (56, 56)  # of an image that is there for its own sake, in pixels
 _PADDING = {"labels": IGNORE, "role_ids": int(Role.OTHER)}  # and 0 for every other key but input_ids
 
 
@@ -48,6 +49,11 @@ class Encoded:
 
     def __len__(self) -> int:
         return self.tensors["input_ids"].shape[1]
+
+    @property
+    def has_image(self) -> bool:
+        """Whether there is anything of an image among its tensors."""
+        return has_image(self.tensors)
 
     @property
     def prompt_row(self) -> dict[str, Tensor]:
@@ -127,6 +133,22 @@ class SampleEncoder:
             messages=asked,
         )
 
+    def filler(self) -> Encoded:
+        """A sample with an image that counts for nothing.
+
+        Where processes wait for each other in the vision tower, one whose batch has no image needs it.
+        """
+        show = [{"type": "image"}, {"type": "text", "text": "."}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": show}, {"role": "assistant", "content": "."}]
+        unlimited = SampleEncoder(
+            self.processor,
+            with_prompt=self.with_prompt,
+            prompt_only=self.prompt_only,
+            keep_images=self.keep_images,
+        )
+        sample = Sample(messages, [Image.new("RGB", FILLER_SIZE)], id="filler", shard="filler", key="filler")
+        return unlimited(sample).marked_repeated()
+
     def image_tokens(self, sizes: Sequence[tuple[int, int]]) -> float:
         """Tokens that images of such heights and widths become; an estimate where the processor does not say."""
         count = getattr(self.processor, "_get_num_multimodal_tokens", None)
@@ -200,13 +222,19 @@ class Collator:
     Args:
         pad_token_id: Value of ``input_ids`` on padding.
         padding_side: Side of the batch's padding; prompts are always padded on the left.
+        filler: Makes a sample that is added to a batch without any image (`SampleEncoder.filler`), for several
+            processes.
     """
 
-    def __init__(self, pad_token_id: int, padding_side: Side = "right") -> None:
+    def __init__(
+        self, pad_token_id: int, padding_side: Side = "right", *, filler: Callable[[], Encoded] | None = None
+    ) -> None:
         if padding_side not in ("left", "right"):
             raise ValueError(f"padding_side is {padding_side!r}; expected 'left' or 'right'")
         self.pad_token_id = pad_token_id
         self.padding_side = padding_side
+        self.filler = filler
+        self._filled: Encoded | None = None
 
     def __call__(self, samples: Sequence[Encoded]) -> dict[str, Any]:
         """Collate samples.
@@ -216,6 +244,9 @@ class Collator:
             ``columns``, a list of dicts; ``prompt`` (tensors) and ``images`` (lists) where the samples have
             them.
         """
+        if self.filler is not None and not any(sample.has_image for sample in samples):
+            self._filled = self._filled or self.filler()
+            samples = [*samples, self._filled]
         batch: dict[str, Any] = self.merge([sample.tensors for sample in samples], self.padding_side)
         prompts = [sample.prompt for sample in samples if sample.prompt is not None]
         if prompts:
@@ -286,6 +317,11 @@ def _texts(messages: list[dict[str, Any]]) -> list[str]:
 
 def _asked(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+
+
+def has_image(row: Mapping[str, Tensor]) -> bool:
+    """Whether a row of `Collator.merge` has anything of an image."""
+    return any(not is_sequence(value, row["input_ids"]) for value in row.values())
 
 
 def is_sequence(value: Any, input_ids: Tensor) -> bool:

@@ -1,0 +1,178 @@
+"""Trainings on one process, or by torchrun on several; each writes down what it came to."""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from PIL import Image
+from torch.distributed.tensor import DTensor
+
+from avar_lightning import GRPOModule, SFTModule
+from avar_lightning.callbacks import VASCallback
+from avar_lightning.data import ShardDataModule
+from avar_lightning.data.sample import Sample
+from avar_lightning.data.writer import write_shards
+from avar_lightning.grpo import GRPOConfig
+from avar_lightning.guidance import GuidanceConfig
+from avar_lightning.model import LoRAConfig, VLMConfig, load_model
+from avar_lightning.module import OptimizerConfig
+from avar_lightning.rewards import RewardConfig, VisualAttentionReward
+from avar_lightning.rollout import SamplingConfig
+from avar_lightning.strategies import FSDP2Strategy
+from tests.grpo.test_grpo_module import Fixed, right_reward
+
+STRATEGIES = {
+    "one": lambda: "auto",
+    "ddp": DDPStrategy,
+    "fsdp2": FSDP2Strategy,
+    "offload": lambda: FSDP2Strategy(cpu_offload=True),
+    "model_parallel": lambda: ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
+}
+
+
+@dataclass
+class Case:
+    """One training."""
+
+    strategy: str = "fsdp2"
+    form: str = "published"
+    kind: str = "sft"
+    lora: bool = False
+    precision: str = "32-true"
+    checkpointing: bool = False
+    clip: float = 0.0
+    images: int = 1  # in 8 samples
+    beta: float = 0.0
+
+
+CASES = {
+    "published": Case(),
+    "adapters": Case(form="hinge", lora=True, checkpointing=True, clip=0.01),
+    "ddp": Case("ddp", form="share"),
+    "no_images": Case(images=0),
+    "grpo": Case(form="none", kind="grpo", images=2),
+}
+SLOW_CASES = {
+    "bf16": Case(precision="bf16-mixed", images=3),
+    "offload": Case("offload", images=3, clip=0.01),
+    "model_parallel": Case("model_parallel", form="share", images=8),
+    "ddp_grpo": Case("ddp", form="none", kind="grpo"),
+    "grpo_reference": Case(form="none", kind="grpo", beta=0.1),
+    "ddp_no_images": Case("ddp", images=0),
+}
+
+
+def write_samples(folder, images):
+    """24 samples of different lengths, `images` in each 8 with a picture; another 5 to validate on."""
+
+    def sample(index):
+        shows = index % 8 < images
+        parts = [{"type": "image"}] * shows + [{"type": "text", "text": f"Which cell has number {index}?"}]
+        messages = [
+            {"role": "system", "content": "Look at the image."},
+            {"role": "user", "content": parts},
+            {"role": "assistant", "content": " ".join(["red", "circle"][: 1 + index % 2] * (1 + index % 5))},
+        ]
+        pictures = [Image.effect_noise((84, 84), 90).convert("RGB")] * shows
+        return Sample(messages, pictures, answer="red", id=f"s{index}", columns={"index": index})
+
+    write_shards(map(sample, range(24)), folder / "train", overwrite=True)
+    write_shards(map(sample, range(5)), folder / "val", overwrite=True)
+
+
+class Record(L.Callback):
+    """Keeps the gradients of the first update, and what was logged of each."""
+
+    def __init__(self):
+        self.gradients, self.logged = {}, []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if not self.gradients:
+            named = pl_module.named_parameters()
+            self.gradients = {n: whole(p.grad).clone() for n, p in named if p.grad is not None}
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.logged.append({n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("train/")})
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def make_module(case, folder):
+    vlm = VLMConfig(str(folder / "base"), gradient_checkpointing=case.checkpointing)
+    if case.lora:
+        vlm = replace(vlm, lora=LoRAConfig(r=2))
+    optimizer = OptimizerConfig(lr=1e-3, warmup_fraction=0.0)
+    torch.manual_seed(3)
+    if case.kind == "sft":
+        return SFTModule(vlm, GuidanceConfig(form=case.form), optimizer)
+    grpo = GRPOConfig(num_generations=4, micro_batch_size=3, max_grad_norm=0.0, beta=case.beta)
+    rewards = [RewardConfig(right_reward, name="accuracy")]
+    visual = VisualAttentionReward("share")
+    return GRPOModule(vlm, grpo, SamplingConfig(max_new_tokens=6), rewards, visual, Fixed(), optimizer)
+
+
+def train(case, folder, world_size):
+    """Three updates on 8 samples each (of GRPO: one on 4 prompts), and a validation."""
+    grpo = case.kind == "grpo"
+    size = 4 if grpo else 8
+    shards = folder / f"{case.images}_images"
+    data = ShardDataModule(
+        str(shards / "train"),
+        str(shards / "val"),
+        processor=str(folder / "base"),
+        batch_size=size // world_size,
+        val_batch_size=2,
+        num_workers=0,
+        shuffle_window=0,
+        train_prompts=grpo,
+    )
+    record, measuring = Record(), VASCallback(baseline=False)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=world_size,
+        strategy=STRATEGIES[case.strategy](),
+        precision=case.precision,
+        max_steps=1 if grpo else 3,
+        val_check_interval=1 if grpo else 3,
+        num_sanity_val_steps=0,
+        gradient_clip_val=case.clip or None,
+        enable_checkpointing=False,
+        callbacks=[record, measuring],
+        log_every_n_steps=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    module = make_module(case, folder)
+    trainer.fit(module, data)
+    weights = {n: whole(p.detach()).clone() for n, p in module.named_parameters()}
+    measured = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val/")}
+    return {"weights": weights, "gradients": record.gradients, "logged": record.logged, "measured": measured}
+
+
+def prepare(folder, cases):
+    """What all processes read: a base with random weights, adapters included, and samples."""
+    torch.manual_seed(7)
+    base = load_model(VLMConfig("demo", from_scratch=True))
+    base.save_pretrained(folder / "base")
+    module = SFTModule(VLMConfig("demo"))
+    module.processor.save_pretrained(folder / "base")
+    for images in {case.images for case in cases.values()}:
+        write_samples(folder / f"{images}_images", images)
+
+
+def main(folder, names):
+    torch.set_num_threads(1)
+    for name in names:
+        found = train((CASES | SLOW_CASES)[name], folder, 2)
+        torch.save(found, folder / f"{name}_{torch.distributed.get_rank()}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
