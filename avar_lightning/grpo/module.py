@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 
@@ -112,6 +112,8 @@ class GRPOModule(VLMModule):
         self._synced: int | None = None  # the step whose weights the engine has
         self._idle = 0  # batches in a row without a group to learn from
         self._trend = Trend()
+        # In a list, which hides it from checkpoints: it is loaded again from where it came from.
+        self._reference: list[nn.Module] = []
         self.seed = self.sampling.seed
 
     # Set-up
@@ -119,13 +121,17 @@ class GRPOModule(VLMModule):
     def configure_model(self) -> None:
         """Load the policy, and beside it a frozen copy where the KL needs one."""
         super().configure_model()
-        if self.grpo.beta and self.vlm.lora is None and not hasattr(self, "reference"):
-            if self.device_mesh is not None:
-                raise ValueError(
-                    f"grpo.beta={self.grpo.beta} needs a second copy of the whole model, which is not sharded; train "
-                    "adapters (--config configs/lora.yaml), whose base is the reference, or set grpo.beta to 0."
-                )
-            self.reference = copy.deepcopy(self.model).eval().requires_grad_(False)
+        if self.grpo.beta and self.vlm.lora is None and not self._reference:
+            self._reference = [self._frozen_copy()]
+
+    def _frozen_copy(self) -> nn.Module:
+        if self.device_mesh is None:
+            return copy.deepcopy(self.model).eval().requires_grad_(False)
+        reference: nn.Module = self.load().eval().requires_grad_(False)  # what FSDP2 shares cannot be copied whole
+        with torch.no_grad():
+            for theirs, ours in zip(reference.parameters(), self.model.parameters(), strict=True):
+                theirs.copy_(ours)
+        return reference
 
     def on_fit_start(self) -> None:
         """Set the engine up, and refuse what manual optimisation cannot do."""
@@ -142,6 +148,9 @@ class GRPOModule(VLMModule):
                 "Weights that train are not float32, so updates as small as those of reinforcement learning are "
                 "rounded away; set vlm.dtype to float32 and trainer.precision to bf16-mixed."
             )
+        if self.device_mesh is None:
+            for reference in self._reference:
+                reference.to(self.device)
         self.engine.setup(self.model, self.processor, self.sampling)
 
     def on_fit_end(self) -> None:
@@ -153,23 +162,16 @@ class GRPOModule(VLMModule):
         self.engine.teardown()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the reference out too: it is loaded again from where it came from."""
+        """Keep what was watched."""
         super().on_save_checkpoint(checkpoint)
-        state = checkpoint.get("state_dict", {})
-        for name in [name for name in state if name.startswith("reference.")]:
-            del state[name]
         checkpoint["watched"] = {"idle": self._idle, "first": self._trend.first, "last": list(self._trend.last)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up what was watched, and put the reference's own weights where loading expects them."""
+        """Take up what was watched."""
         super().on_load_checkpoint(checkpoint)
         watched = checkpoint.get("watched", {"idle": 0, "first": [], "last": []})
         self._idle, self._trend.first = watched["idle"], watched["first"]
         self._trend.last.extend(watched["last"])
-        # Strategies that share weights load them by themselves, and leave nothing here.
-        if "state_dict" in checkpoint and hasattr(self, "reference"):
-            own = self.reference.state_dict()
-            checkpoint["state_dict"] |= {f"reference.{name}": tensor for name, tensor in own.items()}
 
     def num_optimizer_steps(self) -> float:
         """Updates of the whole training, several a batch."""
@@ -264,7 +266,7 @@ class GRPOModule(VLMModule):
     def _as_reference(self) -> Iterator[Any]:
         """The starting model: the frozen copy, or the policy without its adapters."""
         if self.vlm.lora is None:
-            yield self.reference
+            yield self._reference[0]
         else:
             adapted: Any = self.model
             with adapted.disable_adapter():

@@ -51,11 +51,11 @@ class Case:
 CASES = {
     "published": Case(),
     "adapters": Case(form="hinge", lora=True, checkpointing=True, clip=0.01),
-    "ddp": Case("ddp", form="share"),
-    "no_images": Case(images=0),
     "grpo": Case(form="none", kind="grpo", images=2),
 }
 SLOW_CASES = {
+    "ddp": Case("ddp", form="share"),
+    "no_images": Case(images=0),
     "bf16": Case(precision="bf16-mixed", images=3),
     "offload": Case("offload", images=3, clip=0.01),
     "model_parallel": Case("model_parallel", form="share", images=8),
