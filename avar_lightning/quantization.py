@@ -7,9 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
+
+# Weights that share a scale. On a CPU bitsandbytes 0.50 reads weights wrongly, without a word, where a row ends within
+# such a block; which layers are in 4 bits should not depend on the device.
+BLOCK = 64
 
 
 @dataclass
@@ -58,18 +63,26 @@ def quantization_plan(skeleton: PreTrainedModel, config: QuantizationConfig, dty
         )
     decoder = skeleton.get_decoder()
     prefix = next(name for name, module in skeleton.named_modules() if module is decoder)
-    linear = [f"{prefix}.{name}" for name, module in decoder.named_modules() if type(module) is nn.Linear]
+    linear = {f"{prefix}.{name}": module for name, module in decoder.named_modules() if type(module) is nn.Linear}
     for pattern in config.skip:
         if not any(re.search(pattern, name) for name in linear):
             raise ValueError(
                 f"quantization.skip pattern {pattern!r} matches no linear layer of the language model of "
                 f"{type(skeleton).__name__}, expected a regular expression found in names like "
-                f"{linear[0] if linear else prefix!r}; correct or remove it."
+                f"{next(iter(linear), prefix)!r}; correct or remove it."
             )
-    if all(any(re.search(pattern, name) for pattern in config.skip) for name in linear):
+    chosen = [name for name in linear if not any(re.search(pattern, name) for pattern in config.skip)]
+    uneven = [name for name in chosen if linear[name].in_features % BLOCK]
+    if len(uneven) == len(chosen):
         raise ValueError(
             f"quantization.skip={config.skip} leaves none of the {len(linear)} linear layers of "
-            f"{type(skeleton).__name__}'s language model to quantise; shorten it, or leave vlm.quantization out."
+            f"{type(skeleton).__name__}'s language model to quantise (rows must be multiples of {BLOCK} weights); "
+            "shorten it, or leave vlm.quantization out."
+        )
+    if uneven:
+        rank_zero_warn(
+            f"{len(uneven)} of {len(linear)} linear layers of the language model (such as {uneven[0]}, "
+            f"{linear[uneven[0]].in_features} weights a row) keep {dtype}: rows must be multiples of {BLOCK} weights."
         )
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -78,7 +91,11 @@ def quantization_plan(skeleton: PreTrainedModel, config: QuantizationConfig, dty
         bnb_4bit_compute_dtype=getattr(torch, config.compute_dtype) if config.compute_dtype else dtype,
         bnb_4bit_quant_storage=getattr(torch, config.quant_storage),
         # transformers matches from the start of a name: everything outside of the decoder, then what was asked for.
-        llm_int8_skip_modules=[rf"(?!{re.escape(prefix)}\.).*", *(f".*(?:{pattern}).*" for pattern in config.skip)],
+        llm_int8_skip_modules=[
+            rf"(?!{re.escape(prefix)}\.).*",
+            *(f".*(?:{pattern}).*" for pattern in config.skip),
+            *map(re.escape, uneven),
+        ],
     )
 
 

@@ -7,15 +7,16 @@ import pytest
 import torch
 import yaml
 from jsonargparse import ArgumentParser
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from torch import nn
 
 from avar_lightning import GRPOModule, SFTModule
 from avar_lightning.attention import find_vlm
 from avar_lightning.cli import AvarCLI
 from avar_lightning.data import ShardDataModule
-from avar_lightning.model import load_model
+from avar_lightning.model import VLMConfig, load_model
 from avar_lightning.processing import DEMO_BASE
+from avar_lightning.strategies import FSDP2Strategy
 
 ROOT = Path(__file__).parents[1]
 CONFIGS, ARCHITECTURES = ROOT / "configs", Path(__file__).with_name("architectures")
@@ -95,18 +96,11 @@ def test_an_overlay_is_the_model_that_it_says(overlay, pretrained):
     dtypes = {p.dtype for p in model.parameters() if not p.requires_grad} - {torch.uint8}
     assert dtypes == ({torch.bfloat16} if cli.model.vlm.lora else set())
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    assert all(layer.gradient_checkpointing for layer in find_vlm(model).get_decoder().layers)
-
-
-@pytest.mark.parametrize("overlay", [name for name in OVERLAYS if "lora" in name])
-def test_adapters_sit_on_every_linear_layer_of_the_language_model_and_nowhere_else(overlay, pretrained):
-    options = [f"--model.init_args.vlm.pretrained={pretrained(OVERLAYS[overlay][0])}"]
-    model = load_model(build("avar_sft", overlay, options=options).model.vlm, on_meta=True)
+    vlm = find_vlm(model)
+    assert all(layer.gradient_checkpointing for layer in vlm.get_decoder().layers)
     adapted = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
-    layers = find_vlm(model).config.text_config.num_hidden_layers
-    assert len(adapted) == layers * 7
-    assert all(".language_model.layers." in name for name in adapted)
-    assert not any("visual" in name or "lm_head" in name for name in adapted)
+    assert len(adapted) == (7 * vlm.config.text_config.num_hidden_layers if cli.model.vlm.lora else 0)
+    assert all(".language_model.layers." in name and "visual" not in name for name in adapted)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -131,35 +125,20 @@ def strategy_of(overlay):
     return parser.instantiate(parser.parse_object({"strategy": written["strategy"]})).strategy, written
 
 
-def test_the_72b_run_shares_weights_among_all_processes(pretrained):
-    strategy, trainer = strategy_of("qwen2_5_vl_72b_full_64x80gb")
-    assert isinstance(strategy, ModelParallelStrategy)
-    assert (strategy._data_parallel_size, strategy._tensor_parallel_size) == (64, 1)
-    assert trainer["num_nodes"] * trainer["devices"] == 64
-    cli = build(
-        "avar_sft",
-        "qwen2_5_vl_72b_full_64x80gb",
-        options=[f"--model.init_args.vlm.pretrained={pretrained('qwen2_5_vl_72b')}"],
+@pytest.mark.parametrize(
+    ("overlay", "kind"),
+    [("qwen2_5_vl_7b_full_8x80gb", FSDPStrategy), ("qwen2_5_vl_72b_full_64x80gb", FSDP2Strategy)],
+)
+def test_each_layer_is_a_unit_of_sharding(overlay, kind, pretrained):
+    strategy, trainer = strategy_of(overlay)
+    assert isinstance(strategy, kind)
+    model = load_model(VLMConfig(pretrained(OVERLAYS[overlay][0])), on_meta=True)
+    named = (
+        {cls.__name__ for cls in strategy.kwargs["auto_wrap_policy"]._module_classes} if kind is FSDPStrategy else ()
     )
-    model = load_model(cli.model.vlm, on_meta=True)
-    names = set(model._no_split_modules)
+    names = set(named or model._no_split_modules)
     units = [module for module in model.modules() if type(module).__name__ in names]
-    assert len(units) == 80 + 32
-    assert units_hold_all_but_ends(model, units)
-
-
-def test_the_7b_run_shares_each_layer(pretrained):
-    strategy, _ = strategy_of("qwen2_5_vl_7b_full_8x80gb")
-    assert isinstance(strategy, FSDPStrategy)
-    classes = strategy.kwargs["auto_wrap_policy"]._module_classes
-    cli = build(
-        "avar_sft",
-        "qwen2_5_vl_7b_full_8x80gb",
-        options=[f"--model.init_args.vlm.pretrained={pretrained('qwen2_5_vl_7b')}"],
-    )
-    model = load_model(cli.model.vlm, on_meta=True)
-    units = [module for module in model.modules() if isinstance(module, tuple(classes))]
-    assert len(units) == 28 + 32
+    assert len(units) == find_vlm(model).config.text_config.num_hidden_layers + 32
     assert units_hold_all_but_ends(model, units)
 
 
@@ -171,8 +150,15 @@ def units_hold_all_but_ends(model: nn.Module, units: list[nn.Module]) -> bool:
     return all(any(end in name for end in ends) for name in outside)
 
 
-@pytest.mark.parametrize(("recipe", "module"), [("avar_sft", SFTModule), ("avar_grpo", GRPOModule)])
-@pytest.mark.parametrize("overlay", ["lora", "qlora"])
+@pytest.mark.parametrize(
+    ("recipe", "module", "overlay"),
+    [
+        ("avar_sft", SFTModule, "lora"),
+        ("avar_grpo", GRPOModule, "qlora"),
+        pytest.param("avar_sft", SFTModule, "qlora", marks=pytest.mark.slow),
+        pytest.param("avar_grpo", GRPOModule, "lora", marks=pytest.mark.slow),
+    ],
+)
 def test_adapters_are_an_overlay_of_both_recipes(recipe, module, overlay):
     cli = build(recipe, overlay)
     assert type(cli.model) is module
