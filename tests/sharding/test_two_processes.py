@@ -1,4 +1,4 @@
-"""Two processes against one, on batches in which one of them has no image: gradients, losses, weights, what is logged."""
+"""Two processes against one, also where one of them has no image: gradients, losses, weights, what is logged."""
 
 import math
 import subprocess

@@ -19,6 +19,7 @@ from avar_lightning.grpo import GRPOConfig
 from avar_lightning.guidance import GuidanceConfig
 from avar_lightning.model import LoRAConfig, VLMConfig, load_model
 from avar_lightning.module import OptimizerConfig
+from avar_lightning.quantization import QuantizationConfig
 from avar_lightning.rewards import RewardConfig, VisualAttentionReward
 from avar_lightning.rollout import SamplingConfig
 from avar_lightning.strategies import FSDP2Strategy
@@ -41,6 +42,7 @@ class Case:
     form: str = "published"
     kind: str = "sft"
     lora: bool = False
+    four_bits: bool = False
     precision: str = "32-true"
     checkpointing: bool = False
     clip: float = 0.0
@@ -62,6 +64,7 @@ SLOW_CASES = {
     "ddp_grpo": Case("ddp", form="none", kind="grpo"),
     "grpo_reference": Case(form="none", kind="grpo", beta=0.1),
     "ddp_no_images": Case("ddp", images=0),
+    "ddp_4_bits": Case("ddp", form="share", lora=True, four_bits=True, checkpointing=True),
 }
 
 
@@ -105,7 +108,7 @@ def whole(tensor):
 def make_module(case, folder):
     vlm = VLMConfig(str(folder / "base"), gradient_checkpointing=case.checkpointing)
     if case.lora:
-        vlm = replace(vlm, lora=LoRAConfig(r=2))
+        vlm = replace(vlm, lora=LoRAConfig(r=2), quantization=QuantizationConfig() if case.four_bits else None)
     optimizer = OptimizerConfig(lr=1e-3, warmup_fraction=0.0)
     torch.manual_seed(3)
     if case.kind == "sft":
