@@ -11,7 +11,7 @@ from typing import Any
 
 from avar_lightning.errors import told
 
-COMMANDS = ("convert", "synthesize", "sweep")
+COMMANDS = ("convert", "synthesize", "sweep", "doctor")
 
 
 def main(args: Sequence[str] | None = None) -> int:
