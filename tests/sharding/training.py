@@ -6,9 +6,10 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from PIL import Image
 from torch.distributed.tensor import DTensor
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer, Qwen2_5_VLVisionBlock
 
 from avar_lightning import GRPOModule, SFTModule
 from avar_lightning.callbacks import VASCallback
@@ -25,10 +26,19 @@ from avar_lightning.rollout import SamplingConfig
 from avar_lightning.strategies import FSDP2Strategy
 from tests.grpo.test_grpo_module import Fixed, right_reward
 
+class FSDP1Strategy(FSDPStrategy):
+    """Lightning refuses its own class on a CPU, by name alone."""
+
+    def __init__(self):
+        units = {Qwen2_5_VLDecoderLayer, Qwen2_5_VLVisionBlock}
+        super().__init__(auto_wrap_policy=units, state_dict_type="sharded")
+
+
 STRATEGIES = {
     "one": lambda: "auto",
     "ddp": DDPStrategy,
     "fsdp2": FSDP2Strategy,
+    "fsdp1": FSDP1Strategy,
     "offload": lambda: FSDP2Strategy(cpu_offload=True),
     "model_parallel": lambda: ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
 }
@@ -58,6 +68,7 @@ CASES = {
 SLOW_CASES = {
     "ddp": Case("ddp", form="share"),
     "no_images": Case(images=0),
+    "fsdp1": Case("fsdp1", form="hinge", images=3),
     "bf16": Case(precision="bf16-mixed", images=3),
     "offload": Case("offload", images=3, clip=0.01),
     "model_parallel": Case("model_parallel", form="share", images=8),
