@@ -7,7 +7,7 @@ TORCH_INDEX ?=
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: train test test-slow lint bench table vars sweep demo-base demo-sft clean
+.PHONY: train test test-slow families lint bench table vars sweep demo-base demo-sft clean
 
 train: $(READY)
 	$(PYTHON) train.py fit --config configs/avar_sft.yaml
@@ -17,6 +17,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(PYTHON) -m pytest -m slow
+
+# The table of docs/families.md: every family with everything, on small random models (two minutes on a core).
+families: $(READY)
+	$(PYTHON) -m pytest tests/families -m '' --write-matrix
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

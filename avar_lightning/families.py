@@ -7,11 +7,13 @@ enough. Which families were tried with what is in docs/families.md.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 Part = Literal["vision", "projector"]
@@ -27,11 +29,44 @@ class Family:
         vision: Modules that encode pictures, relative to the base model.
         projector: Modules and parameters that bring it to the size of tokens; those inside `vision` are no part of it.
         blocks: Classes of the layers in `vision` where transformers names another unit as the one not to be split.
+        adapt: Changes a model that was just built, so that it computes the same for a sample alone and in a batch.
     """
 
     vision: tuple[str, ...]
     projector: tuple[str, ...]
     blocks: tuple[str, ...] = ()
+    adapt: Callable[[PreTrainedModel], None] | None = None
+
+
+def _keep_pictures_apart(model: PreTrainedModel) -> None:
+    """Let Llama-3.2-Vision give a sample the same output in a batch as alone.
+
+    In its cross-attention, tokens in front of a sample's first picture attend to all places of pictures in the batch,
+    also to the empty ones that fill up samples with fewer; and so do all tokens of a sample without any.
+    """
+    config: Any = model.config
+    hook = partial(_own_pictures, num_tiles=config.vision_config.max_num_tiles)
+    model.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _own_pictures(
+    decoder: nn.Module, args: Any, kwargs: dict[str, Any], *, num_tiles: int
+) -> tuple[Any, dict[str, Any]] | None:
+    """Forward pre-hook: hide pictures that a sample has not, and make them zeros for one that has none at all.
+
+    Zeros add nothing, as no layer of that attention has a bias, which is what the model does without pictures.
+    """
+    names = ("cross_attention_states", "cross_attention_mask", "full_text_row_masked_out_mask")
+    states, mask, sees = (kwargs.get(name) for name in names)
+    if states is None or mask is None or sees is None:
+        return None
+    visible = ((mask == 0) & (sees != 0)).any(2, keepdim=True)  # (B, 1, 1, keys), by any token
+    own = visible.unflatten(3, (-1, num_tiles * states.shape[1])).any(4, keepdim=True)
+    own = own.expand(*own.shape[:4], num_tiles * states.shape[1]).flatten(3)
+    has_picture = own.any(3, keepdim=True)
+    mask = mask.masked_fill((sees == 0) & ~own & has_picture, torch.finfo(mask.dtype).min)
+    states = states * has_picture.flatten().repeat_interleave(len(states) // len(mask))[:, None, None]
+    return args, kwargs | {"cross_attention_states": states, "cross_attention_mask": mask}
 
 
 _QWEN = Family(("visual",), ("visual.merger", "visual.deepstack_merger_list"))
@@ -48,7 +83,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3": _LLAVA,
     "smolvlm": Family(("vision_model",), ("connector",), ("SmolVLMEncoderLayer",)),
     "mistral3": _LLAVA,
-    "mllama": Family(("vision_model",), ("multi_modal_projector",)),
+    "mllama": Family(("vision_model",), ("multi_modal_projector",), adapt=_keep_pictures_apart),
 }
 """By `config.model_type`."""
 
@@ -83,6 +118,13 @@ def family_of(model: PreTrainedModel) -> Family:
     children = {name: child for name, child in base.named_children() if not any(m is decoder for m in child.modules())}
     vision = tuple(name for name, child in children.items() if any(m is encoder for m in child.modules()))
     return Family(vision, tuple(name for name in children if name not in vision))
+
+
+def adapt(model: PreTrainedModel) -> None:
+    """Do to a model that was just built what its family needs; a saved model carries no trace of it."""
+    family = FAMILIES.get(model.config.model_type)
+    if family is not None and family.adapt is not None:
+        family.adapt(model)
 
 
 def part_pattern(family: Family, *parts: Part) -> str:

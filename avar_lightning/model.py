@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 
-from avar_lightning.families import PARTS, family_of, part_pattern
+from avar_lightning.families import PARTS, adapt, family_of, part_pattern
 from avar_lightning.processing import resolve_pretrained, tokenizer_of
 from avar_lightning.quantization import QuantizationConfig, quantization_plan, quantize_skeleton
 
@@ -107,6 +107,7 @@ def load_model(config: VLMConfig | str = "demo", *, on_meta: bool = False) -> Pr
                 f"The weights in {config.pretrained!r} do not fit {type(model).__name__} ({bad}), expected every key "
                 "to load; give a checkpoint of this very architecture."
             )
+    adapt(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for pattern in config.freeze:

@@ -62,6 +62,12 @@ def image_only(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
     def validate_init_kwargs(processor_config, valid_kwargs):  # type: ignore[no-untyped-def]
         return processor_class.validate_init_kwargs(processor_config, list(kept)[1:])
 
+    def save_pretrained(self, save_directory, **kwargs):  # type: ignore[no-untyped-def]
+        written = processor_class.save_pretrained(self, save_directory, **kwargs)
+        if without:  # where there is torchvision, the settings of videos are read off this file
+            self.image_processor.save_pretrained(save_directory)
+        return written
+
     # A class made here has no name to import, and workers that are spawned get their processor pickled.
     def __reduce__(self):  # type: ignore[no-untyped-def]
         return _unpickle, (processor_class.__name__, self.__dict__)
@@ -70,6 +76,7 @@ def image_only(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
     own = {
         "__init__": __init__,
         "__reduce__": __reduce__,
+        "save_pretrained": save_pretrained,
         "validate_init_kwargs": staticmethod(validate_init_kwargs),
         "apply_chat_template": ProcessorMixin.apply_chat_template,
     }

@@ -67,8 +67,11 @@ class SmallFamily:
         processor = self.make_processor()
         model = hf.AutoModelForImageTextToText.from_config(self.make_config(processor))
         for name, parameter in model.named_parameters():
-            if name.endswith("gate"):  # Llama-3.2-Vision's start at 0, and no picture would be seen
+            # What starts at 0 (Llama-3.2-Vision's gates, Gemma's projection) would let no picture through.
+            if name.endswith("gate"):
                 torch.nn.init.ones_(parameter)
+            elif not parameter.any() and parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.3)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         return folder
