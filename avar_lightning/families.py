@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -28,13 +28,15 @@ class Family:
     Attributes:
         vision: Modules that encode pictures, relative to the base model.
         projector: Modules and parameters that bring it to the size of tokens; those inside `vision` are no part of it.
-        blocks: Classes of the layers in `vision` where transformers names another unit as the one not to be split.
+        units: Classes of whole layers, by the class inside them that transformers names as the one not to be split.
+        square: Whether an image's tokens are one square in reading order, so that attention can be laid on the image.
         adapt: Changes a model that was just built, so that it computes the same for a sample alone and in a batch.
     """
 
     vision: tuple[str, ...]
     projector: tuple[str, ...]
-    blocks: tuple[str, ...] = ()
+    units: Mapping[str, str] = field(default_factory=dict)
+    square: bool = False
     adapt: Callable[[PreTrainedModel], None] | None = None
 
 
@@ -76,12 +78,12 @@ FAMILIES: dict[str, Family] = {
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
     "qwen3_vl": _QWEN,
-    "llava": _LLAVA,
+    "llava": replace(_LLAVA, square=True),
     "llava_next": _LLAVA,
     "llava_onevision": _LLAVA,
     "internvl": _LLAVA,
-    "gemma3": _LLAVA,
-    "smolvlm": Family(("vision_model",), ("connector",), ("SmolVLMEncoderLayer",)),
+    "gemma3": replace(_LLAVA, square=True),
+    "smolvlm": Family(("vision_model",), ("connector",), {"SmolVLMVisionAttention": "SmolVLMEncoderLayer"}),
     "mistral3": _LLAVA,
     "mllama": Family(("vision_model",), ("multi_modal_projector",), adapt=_keep_pictures_apart),
 }
@@ -150,6 +152,13 @@ def placeholder_ids(config: Any) -> list[int] | None:
     return sorted(token for token in found if isinstance(token, int)) or None
 
 
+def placeholder_texts(processor: Any) -> set[str]:
+    """What stands for a picture in rendered text and in tokens: typed by a user, it would be taken for one."""
+    owners = (processor, getattr(processor, "tokenizer", None))
+    found = {getattr(owner, name, None) for owner in owners for name in ("image_token", "video_token")}
+    return {text for text in found if isinstance(text, str) and text}
+
+
 def has_row_a_sample(tensors: Mapping[str, Tensor]) -> bool:
     """Whether the pictures of a processor's output have a row for each sample, also for one without a picture.
 
@@ -162,6 +171,13 @@ def has_row_a_sample(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def sharding_units(model: PreTrainedModel) -> set[str]:
-    """Classes of the layers that are sharded, or recomputed, as one."""
+    """Classes of the layers whose weights are shared among processes as one."""
     family = FAMILIES.get(model.config.model_type)
-    return set(model._no_split_modules or ()) | set(family.blocks if family else ())
+    whole = family.units if family else {}
+    return {whole.get(name, name) for name in model._no_split_modules or ()}
+
+
+def has_square_images(model_type: str) -> bool:
+    """Whether an image's tokens are one square in reading order; false of families that are not in the table."""
+    family = FAMILIES.get(model_type)
+    return family is not None and family.square

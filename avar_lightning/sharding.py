@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from avar_lightning.attention import find_vlm
+from avar_lightning.families import sharding_units
 
 
 def shard(
@@ -37,7 +38,7 @@ def shard(
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     if offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
-    units = set(find_vlm(model)._no_split_modules or ())
+    units = sharding_units(find_vlm(model))
     for module in [module for module in model.modules() if type(module).__name__ in units]:
         fully_shard(module, **options)
     fully_shard(model, **options)

@@ -39,17 +39,19 @@ def lay_on_image(
     *,
     vision_config: Any = None,
     image_processor: Any = None,
+    square: bool = True,
 ) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
     """Find the first image of one sample and arrange the attention on its tokens as they lie on it.
 
     Args:
         received_K: attention on each key of the sample.
         batch: with `images` (PIL, a list a sample or one a sample) or `pixel_values`, and for the Qwen-VL
-            families `image_grid_thw`. Without that the tokens of an image are taken to form a square.
+            families `image_grid_thw`.
         role_ids: (B, N) roles.
         index: the sample.
         vision_config: of the model; patch size and spatial merge of the Qwen-VL families.
         image_processor: undoes the normalisation of `pixel_values`; without it their range is stretched.
+        square: whether an image's tokens are one square in reading order, where there is no `image_grid_thw`.
 
     Returns:
         Pixels (height, width, 3) and attention (rows, columns).
@@ -64,6 +66,8 @@ def lay_on_image(
         raise OverlayError("it has no response that attends to the image")
     own = _own_images(batch, index)
     grid_thw = batch.get("image_grid_thw")
+    if grid_thw is None and not square:
+        raise OverlayError("its tokens are not known to be one square in reading order, and there is no image_grid_thw")
     if grid_thw is not None:
         number, rows, columns = _qwen_grid(grid_thw, role_ids, index, vision_config)
     else:

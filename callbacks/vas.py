@@ -17,6 +17,7 @@ from avar_lightning.callbacks.foreign import find_processor, find_role_ids, loca
 from avar_lightning.callbacks.measurement import KEYS, QUERIES, Measurement, gather, merge
 from avar_lightning.callbacks.outputs import log_figures, vas_figures
 from avar_lightning.callbacks.overlay import Overlay, OverlayError, lay_on_image
+from avar_lightning.families import has_square_images
 from avar_lightning.files import write_json
 from avar_lightning.roles import Role
 from avar_lightning.vas import REDUCTIONS
@@ -269,7 +270,7 @@ class VASCallback(Callback):
     ) -> None:
         """Keep the image and the attention it received, for as many samples as are still wanted."""
         received_BK = torch.stack([mean.mean(dim=1) for mean in received.received.values()]).mean(dim=0)
-        vision_config = getattr(locate_vlm(pl_module, self.model).config, "vision_config", None)
+        config = locate_vlm(pl_module, self.model).config
         image_processor = getattr(find_processor(pl_module, self.processor), "image_processor", None)
         for index, identifier in enumerate(ids):
             if len(self._overlays) == self.num_overlays:
@@ -280,8 +281,9 @@ class VASCallback(Callback):
                     batch,
                     received.role_ids,
                     index,
-                    vision_config=vision_config,
+                    vision_config=getattr(config, "vision_config", None),
                     image_processor=image_processor,
+                    square=has_square_images(config.model_type),
                 )
             except OverlayError as error:
                 if not self._explained:

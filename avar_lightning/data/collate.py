@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import ProcessorMixin
 
 from avar_lightning.data.sample import Sample, SampleError
-from avar_lightning.families import has_row_a_sample
+from avar_lightning.families import has_row_a_sample, placeholder_texts
 from avar_lightning.roles import ChatTemplateError, Role, message_roles
 from avar_lightning.roles.template import render
 
@@ -170,9 +170,11 @@ class SampleEncoder:
 
     def _check_text(self, messages: list[dict[str, Any]], where: str) -> None:
         """Refuse text that would become an image token without an image behind it."""
-        token = getattr(self.processor, "image_token", None)
-        if token and any(token in text for text in _texts(messages)):
-            raise SampleError(f'{where}: its text holds the image placeholder {token!r}; use {{"type": "image"}} parts')
+        for token in placeholder_texts(self.processor):
+            if any(token in text for text in _texts(messages)):
+                raise SampleError(
+                    f'{where}: its text holds the image placeholder {token!r}; use {{"type": "image"}} parts'
+                )
 
     def _render(self, messages: list[dict[str, Any]], where: str) -> tuple[list[dict[str, Any]], str]:
         """Render the chat template, with the messages in the form that the template keeps whole.

@@ -17,10 +17,10 @@ from tests.families.matrix import Matrix
 from tests.families.small import FAMILIES
 
 CORE = ("Qwen3-VL", "SmolVLM", "Llama-3.2-Vision")
-"""Checked by default, since nothing else in the suite has their layouts; the others are slow tests."""
+"""Checked by default, since nothing else in the suite has their layouts."""
 
 ALL = [pytest.param(name, marks=() if name in CORE else pytest.mark.slow) for name in FAMILIES]
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+"""Each family, those that are not checked by default as slow tests."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

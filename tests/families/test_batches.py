@@ -11,7 +11,8 @@ from avar_lightning.roles import Role
 from tests.families.conftest import ALL
 from tests.families.samples import KINDS
 
-GROUPS = [("one", "other"), ("one", "text"), ("two", "one", "text"), ("text", "text")]
+SLOW = [("one", "other"), ("one", "text"), ("text", "text")]
+GROUPS = [("two", "one", "text"), *(pytest.param(kinds, marks=pytest.mark.slow) for kinds in SLOW)]
 
 
 @torch.no_grad()
@@ -44,6 +45,7 @@ def test_a_sample_is_the_same_alone_and_in_a_batch(family, side, kinds):
         assert vas[index].isnan() == (not sample.tensors["role_ids"].eq(Role.IMAGE).any())
 
 
+@pytest.mark.slow
 @pytest.mark.capability("batches")
 @pytest.mark.parametrize("family", ALL, indirect=True)
 @torch.no_grad()

@@ -15,6 +15,7 @@ from tests.families.conftest import ALL
 from tests.families.samples import KINDS
 
 
+@pytest.mark.slow
 @pytest.mark.capability("export")
 @pytest.mark.parametrize("family", ALL, indirect=True)
 @torch.no_grad()

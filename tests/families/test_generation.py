@@ -33,6 +33,7 @@ def without_cache(model, row, forbidden):
     return tokens, torch.stack(logits)
 
 
+@pytest.mark.slow
 @pytest.mark.capability("generation")
 @pytest.mark.parametrize("family", ALL, indirect=True)
 @pytest.mark.parametrize("kinds", [("one", "other"), ("two", "one"), ("text", "text")], ids="+".join)

@@ -50,6 +50,7 @@ def test_a_step_samples_rewards_and_learns(family, tmp_path):
     assert trainer.callback_metrics["rollout/vas"].isfinite()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_log_probabilities_are_those_of_single_eager_forwards(family):
     model = family.model().double()

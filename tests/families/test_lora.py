@@ -21,6 +21,7 @@ def test_adapters_are_in_every_layer_of_the_language_model_and_nowhere_else(fami
         assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
+@pytest.mark.slow
 def test_every_linear_layer_can_be_a_target(family):
     """`all-linear` of PEFT's world: without an exclusion it would reach into the vision tower."""
     linear = [name for name, module in family.model().named_modules() if isinstance(module, torch.nn.Linear)]
@@ -30,6 +31,7 @@ def test_every_linear_layer_can_be_a_target(family):
     assert all(id(p) in inside for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.slow
 def test_parts_freeze_by_name_and_together_are_all_but_the_language_model(family):
     model = family.model(freeze=["vision", "projector"])
     language = {id(p) for m in (model.get_decoder(), model.get_output_embeddings()) for p in m.parameters()}

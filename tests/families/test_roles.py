@@ -5,9 +5,11 @@ import re
 import pytest
 import torch
 
+from avar_lightning.data import SampleError
+from avar_lightning.families import placeholder_ids
 from avar_lightning.roles import Role, tag_roles
 from tests.families.conftest import ALL
-from tests.families.samples import KINDS, SYSTEM
+from tests.families.samples import KINDS, SYSTEM, sample
 
 pytestmark = [pytest.mark.capability("roles"), pytest.mark.parametrize("family", ALL, indirect=True)]
 
@@ -35,20 +37,21 @@ def written(sample, role):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_roles_are_the_parts_of_the_messages(family, kind):
-    sample = KINDS[kind]
-    encoded = family.encode(sample)
+    conversation = KINDS[kind]
+    encoded = family.encode(conversation)
     # Words of an expanded image and of an end of turn that is no token are what a template adds to texts.
     added = r"<\\s>|<row_\d_col_\d>"
     answers = re.sub(added, "", said(family, encoded, Role.RESPONSE))
-    assert squeezed(answers).replace(" ", "") == written(sample, "assistant").replace(" ", "")
-    assert said(family, encoded, Role.USER).replace(" ", "") == written(sample, "user").replace(" ", "")
+    assert squeezed(answers).replace(" ", "") == written(conversation, "assistant").replace(" ", "")
+    assert said(family, encoded, Role.USER).replace(" ", "") == written(conversation, "user").replace(" ", "")
     system = said(family, encoded, Role.SYSTEM)
     assert SYSTEM in system
-    assert written(sample, "user")[:12] not in system
+    assert written(conversation, "user")[:12] not in system
     labels, ids = encoded.tensors["labels"], encoded.tensors["input_ids"]
     assert labels.equal(ids.masked_fill(encoded.tensors["role_ids"] != Role.RESPONSE, -100))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_image_tokens_are_those_that_the_forward_fills(family, kind):
@@ -68,6 +71,7 @@ def test_image_tokens_are_those_that_the_forward_fills(family, kind):
     assert filled.equal(roles == Role.IMAGE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_roles_from_ids_alone_agree(family, kind):
     encoded = family.encode(KINDS[kind])
@@ -78,3 +82,11 @@ def test_roles_from_ids_alone_agree(family, kind):
     ):  # its system message stands inside the first user turn, and ids do not say where it ends
         exact[exact == Role.SYSTEM] = Role.USER
     assert tagged.equal(exact)
+
+
+def test_a_typed_placeholder_is_refused(family):
+    """It would become an image token without an image behind it, or a video."""
+    model = family.model(from_scratch=True)
+    for text in family.processor.tokenizer.convert_ids_to_tokens(placeholder_ids(model.config)):
+        with pytest.raises(SampleError, match=re.escape(text)):
+            family.encode(sample((40, 40), question=f"What is {text} in a text?"))

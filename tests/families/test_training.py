@@ -17,7 +17,7 @@ from tests.families.conftest import ALL
 from tests.families.samples import KINDS, sample
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-pytestmark = pytest.mark.capability("training")
+pytestmark = [pytest.mark.slow, pytest.mark.capability("training")]
 
 
 @pytest.fixture(scope="module")
