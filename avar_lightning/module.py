@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -22,18 +23,20 @@ from avar_lightning.checkpoints import (
     PACE,
     keep_by_name,
     keep_pace,
+    plain_name,
     refuse_unfit,
     seed_step,
     take_by_number,
     updates_per_epoch,
     use_whole_files,
 )
+from avar_lightning.export import model_card, write_folder
 from avar_lightning.families import placeholder_ids
 from avar_lightning.model import VLMConfig, end_ids, load_model
 from avar_lightning.processing import load_processor, padding_id
 from avar_lightning.rewards import judge
 from avar_lightning.scoring import ScoringConfig, lm_loss
-from avar_lightning.sharding import gathered, load_sharded, whole_state
+from avar_lightning.sharding import gathered, load_for_fsdp1, load_sharded, whole_state
 
 # What a batch carries for us and not for the model's forward.
 NOT_MODEL_INPUTS = ("role_ids", "prompt", "columns", "images")
@@ -106,13 +109,16 @@ class VLMModule(L.LightningModule):
             self._refuse_sharding_4_bits()
             # Loaded models come in eval mode, which Lightning would keep: no checkpointing, no adapter dropout.
             self.model = self.load().train()
-            # Told apart here, before FSDP flattens every parameter to one dimension, and after FSDP2 has replaced them.
-            self.vectors = {id(parameter) for parameter in self.model.parameters() if parameter.ndim < 2}
+            # Told apart here, before FSDP flattens every parameter to one dimension.
+            self.vectors = {name for name, parameter in self.named_parameters() if parameter.ndim < 2}
             refuse_unfit(self._trainer, self, absent=self._base_names() if self.vlm.quantization else ())
 
     def load(self) -> Any:
-        """The model as the strategy wants it: whole, or shared among processes (ModelParallelStrategy, FSDP2)."""
+        """The model as the strategy wants it: whole, or shared among processes, of which one alone reads it."""
         load = partial(load_model, self.vlm)
+        strategy = self._trainer.strategy if self._trainer is not None else None
+        if isinstance(strategy, FSDPStrategy):
+            return load_for_fsdp1(load, strategy.kwargs)
         if self.device_mesh is None:
             return load()
         dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
@@ -183,7 +189,8 @@ class VLMModule(L.LightningModule):
         """Take up what was kept for other processes."""
         self._pace = checkpoint.get(PACE)
         if self._trainer is not None:
-            take_by_number(checkpoint, self.trainer)
+            groups = [[name for name, _ in group] for group in self.parameter_groups()]
+            take_by_number(checkpoint, self.trainer, groups)
 
     def forward(self, batch: dict[str, Any]) -> Any:
         """The model's own output for a collated batch, LM loss included where it has labels."""
@@ -266,6 +273,12 @@ class VLMModule(L.LightningModule):
         self.trainer.fit_loop._combined_loader = None
         return steps
 
+    def parameter_groups(self) -> tuple[list[tuple[str, nn.Parameter]], list[tuple[str, nn.Parameter]]]:
+        """What trains, by name: what decays, and vectors, which do not."""
+        trained = [(plain_name(name), p) for name, p in self.named_parameters() if p.requires_grad]
+        spared = [each for each in trained if each[0] in self.vectors]
+        return [each for each in trained if each[0] not in self.vectors], spared
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over the parameters that train, with warm-up and cosine by step."""
         config = self.optimizer_config
@@ -275,26 +288,26 @@ class VLMModule(L.LightningModule):
                 f"The number of training steps is {steps}, expected a finite one for the cosine schedule; set "
                 "trainer.max_steps, or train on shards with a manifest and set trainer.max_epochs."
             )
-        trained = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if id(p) not in self.vectors], "weight_decay": config.weight_decay},
-            {"params": [p for p in trained if id(p) in self.vectors], "weight_decay": 0.0},
-        ]
+        decayed, spared = ([parameter for _, parameter in group] for group in self.parameter_groups())
+        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]))
         schedule = get_cosine_with_min_lr_schedule_with_warmup(
             optimizer, round(config.warmup_fraction * steps), int(steps), min_lr_rate=config.min_lr_fraction
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write a Hugging Face folder (model or adapters, and processor) that opens without this project.
+    def save_pretrained(self, folder: str | Path, run: Path | None = None) -> Path:
+        """Write a Hugging Face folder (model or adapters, processor, card) that opens without this project.
 
-        A collective call, where there are several processes; the first writes.
+        A collective call, where there are several processes; the first writes. `run` is the folder of the training run,
+        whose measurements the card tells.
         """
         folder, options = Path(folder), whole_state(self.model)
         if not dist.is_initialized() or dist.get_rank() == 0:
-            self.model.save_pretrained(folder, **options)  # type: ignore[operator]
-            self.processor.save_pretrained(folder)
+            name = folder.name if run is None else f"{run.parent.name} {run.name}"
+            about: dict[str, Any] = {"base": self.vlm.pretrained, "run": run, "settings": dict(self.hparams)}
+            card = model_card(name, adapters=self.vlm.lora is not None, **about)
+            write_folder(folder, self.model, self.processor, card=card, run=run, **options)
         return folder
 
 

@@ -78,6 +78,30 @@ def load_sharded(
     return model.eval()
 
 
+def load_for_fsdp1(
+    load: Callable[..., PreTrainedModel | PeftModel], options: dict[str, Any]
+) -> PreTrainedModel | PeftModel:
+    """Load a model that FSDP1 is about to wrap: whole in the first process, which then gives the others their parts.
+
+    Where two modules have the same weights (tied embeddings), every process reads them: FSDP1 cannot tie them again.
+
+    Args:
+        load: As in `load_sharded`.
+        options: Of FullyShardedDataParallel, which gets those that this needs.
+    """
+    blank = load(on_meta=True)
+    if len(list(blank.named_parameters())) < len(list(blank.named_parameters(remove_duplicate=False))):
+        return load()
+    options |= {"sync_module_states": True, "param_init_fn": _materialise}
+    return load() if dist.get_rank() == 0 else blank
+
+
+def _materialise(module: nn.Module) -> None:
+    if any(tensor.is_meta for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]):
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+        module.to_empty(device=device, recurse=False)
+
+
 def _share_buffers(model: nn.Module, source: nn.Module | None, device: torch.device) -> None:
     """Fill buffers from those of the first process; some are in no state dict."""
     theirs = dict(source.named_buffers()) if source is not None else {}

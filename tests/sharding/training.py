@@ -1,6 +1,7 @@
 """Trainings on one process, or by torchrun on several; each writes down what it came to."""
 
 import sys
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from PIL import Image
+from torch.distributed.fsdp import FullyShardedDataParallel, _init_utils
 from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer, Qwen2_5_VLVisionBlock
 
 from avar_lightning import GRPOModule, SFTModule
@@ -18,20 +21,26 @@ from avar_lightning.data.sample import Sample
 from avar_lightning.data.writer import write_shards
 from avar_lightning.grpo import GRPOConfig
 from avar_lightning.guidance import GuidanceConfig
-from avar_lightning.model import LoRAConfig, VLMConfig, load_model
+from avar_lightning.model import LoRAConfig, VLMConfig
 from avar_lightning.module import OptimizerConfig
+from avar_lightning.processing import load_processor, resolve_pretrained
 from avar_lightning.quantization import QuantizationConfig
 from avar_lightning.rewards import RewardConfig, VisualAttentionReward
 from avar_lightning.rollout import SamplingConfig
 from avar_lightning.strategies import FSDP2Strategy
 from tests.grpo.test_grpo_module import Fixed, right_reward
 
+
 class FSDP1Strategy(FSDPStrategy):
-    """Lightning refuses its own class on a CPU, by name alone."""
+    """Lightning's, on a CPU: it refuses its own class there, by name alone, and gives torch no device."""
 
     def __init__(self):
         units = {Qwen2_5_VLDecoderLayer, Qwen2_5_VLVisionBlock}
         super().__init__(auto_wrap_policy=units, state_dict_type="sharded")
+
+    def _setup_model(self, model):
+        _init_utils._check_module_states_for_sync_module_states = lambda *_: None  # that they are on a GPU
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)
 
 
 STRATEGIES = {
@@ -58,6 +67,7 @@ class Case:
     clip: float = 0.0
     images: int = 1  # in 8 samples
     beta: float = 0.0
+    tied: bool = True  # embeddings and head
 
 
 CASES = {
@@ -69,6 +79,8 @@ SLOW_CASES = {
     "ddp": Case("ddp", form="share"),
     "no_images": Case(images=0),
     "fsdp1": Case("fsdp1", form="hinge", images=3),
+    "fsdp1_untied": Case("fsdp1", form="published", tied=False, checkpointing=True, clip=0.01),
+    "untied": Case(form="hinge", tied=False),
     "bf16": Case(precision="bf16-mixed", images=3),
     "offload": Case("offload", images=3, clip=0.01),
     "model_parallel": Case("model_parallel", form="share", images=8),
@@ -105,11 +117,22 @@ class Record(L.Callback):
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         if not self.gradients:
-            named = pl_module.named_parameters()
-            self.gradients = {n: whole(p.grad).clone() for n, p in named if p.grad is not None}
+            with whole_parameters(trainer) as named:
+                self.gradients = {n: whole(p.grad).clone() for n, p in named.items() if p.grad is not None}
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         self.logged.append({n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("train/")})
+
+
+@contextmanager
+def whole_parameters(trainer):
+    """Parameters by the names that they have in one process."""
+    root = trainer.strategy.model
+    is_fsdp1 = isinstance(root, FullyShardedDataParallel)
+    gathering = FullyShardedDataParallel.summon_full_params(root, with_grads=True) if is_fsdp1 else nullcontext()
+    with gathering:
+        named = trainer.lightning_module.named_parameters()
+        yield {name.replace("_fsdp_wrapped_module.", ""): parameter for name, parameter in named}
 
 
 def whole(tensor):
@@ -117,7 +140,8 @@ def whole(tensor):
 
 
 def make_module(case, folder):
-    vlm = VLMConfig(str(folder / "base"), gradient_checkpointing=case.checkpointing)
+    base = folder / ("base" if case.tied else "untied")
+    vlm = VLMConfig(str(base), gradient_checkpointing=case.checkpointing)
     if case.lora:
         vlm = replace(vlm, lora=LoRAConfig(r=2), quantization=QuantizationConfig() if case.four_bits else None)
     optimizer = OptimizerConfig(lr=1e-3, warmup_fraction=0.0)
@@ -165,18 +189,20 @@ def train(case, folder, world_size):
     )
     module = make_module(case, folder)
     trainer.fit(module, data)
-    weights = {n: whole(p.detach()).clone() for n, p in module.named_parameters()}
+    with whole_parameters(trainer) as named:
+        weights = {n: whole(p.detach()).clone() for n, p in named.items()}
     measured = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val/")}
     return {"weights": weights, "gradients": record.gradients, "logged": record.logged, "measured": measured}
 
 
 def prepare(folder, cases):
     """What all processes read: a base with random weights, adapters included, and samples."""
-    torch.manual_seed(7)
-    base = load_model(VLMConfig("demo", from_scratch=True))
-    base.save_pretrained(folder / "base")
-    module = SFTModule(VLMConfig("demo"))
-    module.processor.save_pretrained(folder / "base")
+    config = AutoConfig.from_pretrained(resolve_pretrained("demo"))
+    for name, tied in (("base", True), ("untied", False)):
+        torch.manual_seed(7)
+        config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
+        AutoModelForImageTextToText.from_config(config).save_pretrained(folder / name)
+        load_processor("demo").save_pretrained(folder / name)
     for images in {case.images for case in cases.values()}:
         write_samples(folder / f"{images}_images", images)
 
