@@ -1,5 +1,6 @@
 """4-bit models against models that hold the same weights as plain floats."""
 
+import re
 import sys
 from dataclasses import replace
 from itertools import product
@@ -11,7 +12,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import PeftModel
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 
 from avar_lightning.attention import find_vlm, observe_attention, steer_attention
 from avar_lightning.attention.reference import mass_of_probabilities
@@ -485,3 +486,34 @@ def test_the_overlay_trains_the_demo_and_goes_on(tmp_path, recipe):
     last = folder / "checkpoints" / "last.ckpt"
     assert main([*arguments, "--trainer.max_steps=4", f"--ckpt_path={last}"]) == 0
     assert (tmp_path / recipe / "version_1" / "hf").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family",
+    [
+        "qwen2_vl",
+        "qwen3_vl",
+        "llava",
+        "llava_next",
+        "llava_onevision",
+        "internvl",
+        "gemma3",
+        "smolvlm",
+        "mistral3",
+        "mllama",
+    ],
+)
+def test_every_family_has_its_language_model_in_4_bits_and_nothing_else(family, tmp_path):
+    AutoConfig.for_model(family).save_pretrained(tmp_path)
+    whole = load_model(VLMConfig(str(tmp_path)), on_meta=True)
+    model = find_vlm(load_model(replace(QLORA, pretrained=str(tmp_path)), on_meta=True))
+    linear = {n for n, m in whole.named_modules() if isinstance(m, torch.nn.Linear)}
+    outside = "vision|visual|projector|connector|lm_head"
+    expected = {name for name in linear if not re.search(outside, name)}
+    assert expected
+    assert {name.replace(".base_layer", "") for name in quantized_layers(model)} == expected
+    shapes = {n: p.shape for n, p in whole.named_parameters() if n.removesuffix(".weight") not in expected}
+    own = {n.replace(".base_layer", ""): p for n, p in model.named_parameters() if "lora_" not in n}
+    assert {n: own[n].shape for n in shapes} == shapes
+    assert not any(p.requires_grad for p in own.values())
