@@ -9,12 +9,16 @@ from pathlib import Path
 import lightning as L
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
+from avar_lightning.checkpoints import look_into
 from avar_lightning.errors import OneSentence, told
 from avar_lightning.files import write_json, write_jsonl
+from avar_lightning.module import VLMModule
 
 DEFAULT_PROCESSOR = "demo"
+RESOLVED_LATER = ("last", "best", "hpc")  # names that Lightning gives to checkpoints
 SUMMARY_ROWS = (
     ("mean reward", "reward/total", "{:.3f}"),
     ("accuracy", "val/accuracy", "{:.3f}"),
@@ -39,6 +43,9 @@ class AvarCLI(LightningCLI):
         By hand: jsonargparse drops a link whose source lies inside a dataclass of a subclass, without a word.
         """
         config = self.config[self.subcommand] if self.subcommand else self.config
+        given = config.get("ckpt_path")
+        if given not in (None, *RESOLVED_LATER) and "://" not in given:
+            look_into(given)  # before anything is loaded
         vlm = config.model.init_args.get("vlm") if "init_args" in config.model else None
         data = config.data.get("init_args") if config.get("data") else None
         if vlm is None or data is None or "processor" not in data:
@@ -69,21 +76,18 @@ class AvarCLI(LightningCLI):
         before, after = measurements(trainer)
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         trying = getattr(trainer, "fast_dev_run", False)
-        exported = None if trying else export(trainer, self.model, folder / "hf")
         if not trying and trainer.is_global_zero:
             summary = {"before": before, "after": after, "steps": trainer.global_step, "seconds": seconds}
             write_json(folder / "summary.json", summary)
+        exported = None if trying else export(trainer, self.model, folder)
         rank_zero_info(summary_table(trainer, before, after, seconds, exported))
 
 
-def export(trainer: L.Trainer, model: L.LightningModule, folder: Path) -> Path | None:
+def export(trainer: L.Trainer, model: L.LightningModule, run: Path) -> Path | None:
     """Write the model as a Hugging Face folder; `None` where its weights cannot be gathered (FSDP1, DeepSpeed)."""
-    sharded = any(name in type(trainer.strategy).__name__ for name in ("FSDP", "DeepSpeed"))
-    save = getattr(model, "save_pretrained", None)
-    if sharded or save is None:
+    if not isinstance(model, VLMModule) or isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
         return None
-    save(folder)
-    return folder
+    return model.save_pretrained(run / "hf", run)
 
 
 def measurements(trainer: L.Trainer) -> tuple[dict[str, float], dict[str, float]]:
@@ -112,7 +116,7 @@ def summary_table(
     lines += [
         "─" * 46,
         f"steps        {trainer.global_step} in {seconds:.0f} s",
-        f"model        {f'{exported} (Hugging Face format)' if exported else 'not exported'}",
+        f"model        {f'{exported} (Hugging Face format)' if exported else f'avar export {trainer.log_dir} DST'}",
         f"checkpoint   {checkpoint}",
         f"TensorBoard  tensorboard --logdir {trainer.log_dir}",
     ]

@@ -62,6 +62,11 @@ def look_into(path: str | Path) -> Contents:
     recover(path)
     if not path.exists():
         raise FileNotFoundError(f"There is no checkpoint at {str(path)!r}; check the path.")
+    if (path / "zero_to_fp32.py").exists() or (path / "latest").exists():
+        raise ValueError(
+            f"{str(path)!r} is a folder of DeepSpeed, which only DeepSpeed reads; make a file of it with "
+            "convert_zero_checkpoint_to_fp32_state_dict of lightning.pytorch.utilities.deepspeed."
+        )
     if not is_checkpoint(path):
         raise ValueError(
             f"{str(path)!r} is no Lightning checkpoint, expected a .ckpt file or a folder with .metadata and {EXTRA}; "

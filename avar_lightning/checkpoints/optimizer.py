@@ -41,11 +41,28 @@ def by_name(state: dict[str, Any], groups: Sequence[Iterable[str]]) -> dict[str,
     }
 
 
-def by_number(state: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of :func:`by_name`: numbers in the order of the groups, as a plain optimizer takes them."""
-    numbers = {name: number for number, name in enumerate(trained_names(state))}
-    groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in state["param_groups"]]
-    return {**state, "state": {numbers[name]: value for name, value in state["state"].items()}, "param_groups": groups}
+def by_number(state: dict[str, Any], groups: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """The inverse of :func:`by_name`, whatever order the names have in the state.
+
+    Raises:
+        ValueError: The state has other groups.
+    """
+    theirs = [set(group["params"]) for group in state["param_groups"]]
+    if theirs != [set(group) for group in groups]:
+        raise ValueError(
+            f"the checkpoint's optimizer has groups of {[len(group) for group in theirs]} parameters, expected the "
+            f"{[len(group) for group in groups]} that train now; restore vlm.freeze and vlm.lora, or start anew from "
+            "the exported model (avar export)"
+        )
+    numbers = {name: number for number, name in enumerate(name for group in groups for name in group)}
+    numbered = [
+        {**group, "params": [numbers[name] for name in names]} for group, names in zip(state["param_groups"], groups)
+    ]
+    return {
+        **state,
+        "state": {numbers[name]: value for name, value in state["state"].items()},
+        "param_groups": numbered,
+    }
 
 
 def is_by_name(state: dict[str, Any]) -> bool:

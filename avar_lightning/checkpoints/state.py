@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import lightning as L
@@ -61,11 +61,15 @@ def keep_by_name(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
         checkpoint["optimizer_states"] = named
 
 
-def take_by_number(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
-    """The inverse, where the strategy takes numbers."""
+def take_by_number(checkpoint: dict[str, Any], trainer: L.Trainer, groups: Sequence[Sequence[str]]) -> None:
+    """The inverse, where the strategy takes numbers: those of the optimizer's `groups` of names.
+
+    Raises:
+        ValueError: The checkpoint's optimizer has other groups.
+    """
     if trainer.strategy.lightning_restore_optimizer and "optimizer_states" in checkpoint:
         states = checkpoint["optimizer_states"]
-        checkpoint["optimizer_states"] = [by_number(state) if is_by_name(state) else state for state in states]
+        checkpoint["optimizer_states"] = [by_number(state, groups) if is_by_name(state) else state for state in states]
 
 
 def updates_per_epoch(trainer: L.Trainer) -> float:
