@@ -36,7 +36,7 @@ from avar_lightning.model import VLMConfig, end_ids, load_model
 from avar_lightning.processing import load_processor, padding_id
 from avar_lightning.rewards import judge
 from avar_lightning.scoring import ScoringConfig, lm_loss
-from avar_lightning.sharding import gathered, load_for_fsdp1, load_sharded, remember_root, whole_state
+from avar_lightning.sharding import gathered, load_for_fsdp1, load_sharded, whole_state
 
 # What a batch carries for us and not for the model's forward.
 NOT_MODEL_INPUTS = ("role_ids", "prompt", "columns", "images")
@@ -175,12 +175,6 @@ class VLMModule(L.LightningModule):
         """Take the data's processor, whose limits on pixels are those that the exported model needs."""
         self.processor = getattr(getattr(self.trainer, "datamodule", None), "processor", self.processor)
         use_whole_files(self.trainer)
-
-    def on_fit_start(self) -> None:
-        """Know what the strategy has made of the model."""
-        remember_root(self.model, self.trainer.strategy.model)
-
-    on_validation_start = on_test_start = on_predict_start = on_fit_start
 
     def on_train_start(self) -> None:
         """Go on at the learning rate that belongs to the place in the data."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,15 @@ from peft import PeftModel
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
 from avar_lightning.attention import find_vlm
@@ -117,11 +124,29 @@ def _share_buffers(model: nn.Module, source: nn.Module | None, device: torch.dev
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Whole weights in every process, where FSDP2 shares them, and sharded again afterwards.
+    """Whole weights in every process, where FSDP shares them, and sharded again afterwards.
 
     For generation: it calls parts of a model outside of its forward, and would otherwise gather every layer for every
-    token. Memory must hold the weights once. A collective call at both ends; in between processes are independent.
+    token. Memory must hold the weights once. A collective call at both ends; in between processes are independent, and
+    nothing is learned. Under FSDP1, inside of a step alone, where its outermost unit has its weights.
     """
+    units = [module for module in model.modules() if isinstance(module, FullyShardedDataParallel)]
+    with _gathered_by_fsdp1(units) if units else _gathered_by_fsdp2(model):
+        yield
+
+
+@contextmanager
+def _gathered_by_fsdp1(units: list[FullyShardedDataParallel]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for unit in units:
+            stack.enter_context(FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False))
+            unit.__dict__["forward"] = unit.module.__call__  # its own would gather again
+            stack.callback(unit.__dict__.pop, "forward")
+        yield
+
+
+@contextmanager
+def _gathered_by_fsdp2(model: nn.Module) -> Iterator[None]:
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for root in units[:1]:
         # Generation may call a layer before the root, which would then take itself for one. FSDP2 has no public name
@@ -137,6 +162,20 @@ def gathered(model: nn.Module) -> Iterator[None]:
             # The root's weights are needed again at once, in backward; FSDP2 keeps them after a forward by default.
             unit.set_reshard_after_forward(unit is not units[0], recurse=False)
             unit.reshard()
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], root: nn.Module | None, limit: float) -> float:
+    """Scale the gradients of all processes to a global norm of at most `limit`; gives the norm before.
+
+    Args:
+        parameters: That train.
+        root: What the strategy has made of the module; under FSDP1 it alone knows the norm.
+        limit: At most this; infinite to measure alone.
+    """
+    if isinstance(root, FullyShardedDataParallel):
+        return float(root.clip_grad_norm_(limit))
+    norm = clip_grad_norm_(list(parameters), limit)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def whole_state(model: nn.Module) -> dict[str, Any]:

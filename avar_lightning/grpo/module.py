@@ -16,8 +16,6 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grad_norm_
 
 from avar_lightning.attention import observe_attention
 from avar_lightning.data.collate import SampleEncoder, has_image
@@ -34,6 +32,7 @@ from avar_lightning.roles import Role
 from avar_lightning.rollout import HFRolloutEngine, Prompts, RolloutEngine, SamplingConfig
 from avar_lightning.rollout.hf_engine import evaluating
 from avar_lightning.scoring import ScoringConfig
+from avar_lightning.sharding import clip_gradients
 from avar_lightning.vas import visual_attention_score
 
 DEFAULT_REWARDS = (
@@ -137,8 +136,8 @@ class GRPOModule(VLMModule):
         """Set the engine up, and refuse what manual optimisation cannot do."""
         if isinstance(self.trainer.strategy, FSDPStrategy):
             raise ValueError(
-                "trainer.strategy is fsdp, which cannot sample between two updates; use ModelParallelStrategy (FSDP2), "
-                "as in configs/qwen2_5_vl_7b_grpo.yaml, or DDP."
+                "trainer.strategy is FSDPStrategy (FSDP1), which cannot go through several forwards and backwards in "
+                "one step; use avar_lightning.strategies.FSDP2Strategy, or ddp."
             )
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None:
@@ -363,9 +362,8 @@ class GRPOModule(VLMModule):
 
     def _step(self, optimizer: Any) -> float:
         """Clip and apply the gradients; gives their norm."""
-        limit = self.grpo.max_grad_norm
-        norm = clip_grad_norm_([p for p in self.parameters() if p.requires_grad], limit or math.inf)
-        value = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        trained = (parameter for parameter in self.parameters() if parameter.requires_grad)
+        value = clip_gradients(trained, self.trainer.strategy.model, self.grpo.max_grad_norm or math.inf)
         if not math.isfinite(value):
             raise ValueError(
                 f"The gradient's norm is {value} in step {self.global_step}, expected a finite one; lower optimizer.lr "

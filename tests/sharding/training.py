@@ -68,17 +68,18 @@ class Case:
     images: int = 1  # in 8 samples
     beta: float = 0.0
     tied: bool = True  # embeddings and head
+    answers: int = 0  # longest
 
 
 CASES = {
-    "published": Case(),
+    "published": Case(answers=5),
     "adapters": Case(form="hinge", lora=True, checkpointing=True, clip=0.01),
     "grpo": Case(form="none", kind="grpo", images=2),
 }
 SLOW_CASES = {
     "ddp": Case("ddp", form="share"),
     "no_images": Case(images=0),
-    "fsdp1": Case("fsdp1", form="hinge", images=3),
+    "fsdp1": Case("fsdp1", form="hinge", images=3, answers=5),
     "fsdp1_untied": Case("fsdp1", form="published", tied=False, checkpointing=True, clip=0.01),
     "untied": Case(form="hinge", tied=False),
     "bf16": Case(precision="bf16-mixed", images=3),
@@ -147,7 +148,7 @@ def make_module(case, folder):
     optimizer = OptimizerConfig(lr=1e-3, warmup_fraction=0.0)
     torch.manual_seed(3)
     if case.kind == "sft":
-        return SFTModule(vlm, GuidanceConfig(form=case.form), optimizer)
+        return SFTModule(vlm, GuidanceConfig(form=case.form), optimizer, case.answers)
     grpo = GRPOConfig(num_generations=4, micro_batch_size=3, max_grad_norm=0.0, beta=case.beta)
     rewards = [RewardConfig(right_reward, name="accuracy")]
     visual = VisualAttentionReward("share")
