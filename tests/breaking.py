@@ -14,7 +14,9 @@ class Broken(BaseException):
 
 
 @contextlib.contextmanager
-def killed(monkeypatch: pytest.MonkeyPatch, stop: int) -> Iterator[list[str]]:
+def killed(
+    monkeypatch: pytest.MonkeyPatch, stop: int, steps: tuple[str, ...] = ("replace", "unlink", "rmdir")
+) -> Iterator[list[str]]:
     """Die before a step that changes names, with no step after it; says which, nothing where there are not so many."""
     count, seen = itertools.count(), list[str]()
 
@@ -28,7 +30,7 @@ def killed(monkeypatch: pytest.MonkeyPatch, stop: int) -> Iterator[list[str]]:
         return act
 
     with monkeypatch.context() as patch:
-        for name in ("replace", "unlink", "rmdir"):
+        for name in steps:
             patch.setattr(os, name, step(name, getattr(os, name)))
         with contextlib.suppress(Broken):
             yield seen

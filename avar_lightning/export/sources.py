@@ -155,13 +155,12 @@ def _of_adapters(folder: Path) -> Source:
 
 
 def _of_hugging_face(path: str, folder: Path) -> Source:
-    resolved = resolve_pretrained(path)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(
             f"{path!r} is nothing that can be exported, expected a .ckpt, a folder of FSDP, a run with a folder "
             "checkpoints, or a folder of Hugging Face or PEFT; check the path."
         )
-    model = load_model(VLMConfig(path, dtype=_own_dtype(resolved)))
+    model = load_model(VLMConfig(path, dtype=_own_dtype(path)))
     return Source(model, load_processor(path), path, *(_run_beside(folder) if folder.is_dir() else ()))
 
 
