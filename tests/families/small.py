@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,8 @@ class SmallFamily:
     Attributes:
         processor: Name of the processor's class, and its options.
         image_processor: The same of the image processor.
-        text_only_layers: Decoder layers that have masses.
-        system_in_user: Whether the template puts the system message into the first user turn.
+        layers: Decoder layers that have masses.
+        ends: What ends an answer beside the tokenizer's end token, as the release's generation settings say.
     """
 
     tokenizer: Callable[[], PreTrainedTokenizerFast]
@@ -45,7 +45,7 @@ class SmallFamily:
     processor: tuple[str, dict[str, Any]]
     image_processor: tuple[str, dict[str, Any]]
     layers: tuple[int, ...] = (0, 1)
-    notes: dict[str, str] = field(default_factory=dict)
+    ends: tuple[str, ...] = ()
 
     def make_processor(self) -> ProcessorMixin:
         (name, options), (image_name, image_options) = self.processor, self.image_processor
@@ -72,6 +72,8 @@ class SmallFamily:
                 torch.nn.init.ones_(parameter)
             elif not parameter.any() and parameter.ndim > 1:
                 torch.nn.init.normal_(parameter, std=0.3)
+        ends = [processor.tokenizer.convert_tokens_to_ids(token) for token in self.ends]
+        model.generation_config.eos_token_id = [processor.tokenizer.eos_token_id, *ends]
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         return folder
@@ -224,6 +226,7 @@ FAMILIES = {
         gemma3,
         ("Gemma3Processor", {"image_seq_length": 4}),
         ("Gemma3ImageProcessorPil", {"size": SQUARE}),
+        ends=("<end_of_turn>",),
     ),
     "SmolVLM": SmallFamily(
         tokenizers.smolvlm, smolvlm, ("SmolVLMProcessor", {"image_seq_len": 4}), ("SmolVLMImageProcessorPil", CROPS)

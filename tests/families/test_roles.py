@@ -7,8 +7,10 @@ import torch
 
 from avar_lightning.data import SampleError
 from avar_lightning.families import placeholder_ids
+from avar_lightning.model import end_ids
 from avar_lightning.roles import Role, tag_roles
 from tests.families.conftest import ALL
+from tests.families.matrix import WITHOUT_END
 from tests.families.samples import KINDS, SYSTEM, sample
 
 pytestmark = [pytest.mark.capability("roles"), pytest.mark.parametrize("family", ALL, indirect=True)]
@@ -82,6 +84,12 @@ def test_roles_from_ids_alone_agree(family, kind):
     ):  # its system message stands inside the first user turn, and ids do not say where it ends
         exact[exact == Role.SYSTEM] = Role.USER
     assert tagged.equal(exact)
+
+
+def test_an_answer_ends_where_generation_stops(family):
+    tensors = family.encode(KINDS["one"]).tensors
+    last = int(tensors["input_ids"][tensors["role_ids"] == Role.RESPONSE][-1])
+    assert (last in end_ids(family.model(), family.processor)) == (family.name not in WITHOUT_END)
 
 
 def test_a_typed_placeholder_is_refused(family):
