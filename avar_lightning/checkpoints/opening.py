@@ -31,7 +31,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
             return
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with room_for(path, HINT):
-            torch.save(checkpoint, beside(path))
+            with beside(path).open("wb") as file:  # a file of Python's says why it cannot be written
+                torch.save(checkpoint, file)
             put(beside(path), path)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
