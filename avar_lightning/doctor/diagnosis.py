@@ -25,7 +25,7 @@ from avar_lightning.doctor.memory import Memory, memory
 from avar_lightning.doctor.needs import unmet
 from avar_lightning.doctor.plan import Plan
 from avar_lightning.doctor.reading import plan_of, read_config, vlm_of
-from avar_lightning.doctor.report import estimate_report, machine_report, verdict
+from avar_lightning.doctor.report import estimate_report, in_short, machine_report, verdict
 from avar_lightning.doctor.shape import Shape, shape_of
 from avar_lightning.doctor.workload import Given
 from avar_lightning.model import VLMConfig, load_model
@@ -83,6 +83,8 @@ def diagnose(asked: DoctorConfig) -> Diagnosis:
         FileNotFoundError: The model's configuration is not on this machine and cannot be fetched.
     """
     here = asked.gpu is None and asked.memory is None
+    if asked.gpu is not None:
+        known_device(asked.gpu)  # a name that means nothing is told before anything is read
     if not asked.arguments:
         findings = examine()
         broken = [f"{found.name}: {found.detail}; {found.fix}." for found in findings if found.state == "missing"]
@@ -101,7 +103,7 @@ def diagnose(asked: DoctorConfig) -> Diagnosis:
         problems.append(_does_not_fit(estimate, device, advice))
     parts = [machine_report(findings)] if here or asked.explain else []
     parts += [estimate_report(shape, plan, device, estimate, times, explain=asked.explain)]
-    parts += [verdict(estimate, device, advice)]
+    parts += ["", "In short", "--------", in_short(plan, device, estimate, times), verdict(estimate, device, advice)]
     return Diagnosis(findings, problems, "\n".join(parts), shape, plan, estimate, times, advice)
 
 

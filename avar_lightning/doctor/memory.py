@@ -101,53 +101,72 @@ def gradient_bytes(shape: Shape, plan: Plan) -> float:
 
 
 def _moments(shape: Shape, plan: Plan, device: Device) -> dict[str, dict[str, float]]:
-    size, rows = Bytes.of(plan), Rows.of(plan, shape)
-    gradients = gradient_bytes(shape, plan)
-    padded = plan.micro_batch > 1
-    kept, largest = [], 0.0
-    for block, on_graph in zip(shape.blocks, in_graph(shape), strict=True):
-        count, keys = rows.rows_of(block), rows.keys_of(block, shape)
-        whole = block_bytes(block, count, keys, shape.attention, size, padded=padded)
-        guided = 0.0
-        if _is_guided(plan, block.kind, block.index):
-            guided = guidance_bytes(block, rows, size)
-        largest = max(largest, whole + guided)
-        width = max((site.fan_in for site in block.attention[:1]), default=shape.hidden)
-        if on_graph:
-            masses = guided * 0.5 if guided else 0.0
-            kept.append(size.residual * count * width + masses if shape.checkpointing else whole + guided)
-    saved = sum(kept)
-    recomputed = largest if shape.checkpointing else 0.0
-    blocks = 3.0 * BLOCK_BYTES["cpu" if device.is_cpu else "cuda"] if plan.guidance else 0.0
-    several = plan.accumulate > 1 or (plan.rollout is not None and _micro_batches(plan) > 1)
+    """What comes on top of what is always there, where the peak may be."""
+    size, gradients = Bytes.of(plan), gradient_bytes(shape, plan)
     shared = _shared(shape, plan, size)
-    head_gradients = shape.head.fan_in * shape.head.fan_out * size.weights / plan.shards if shape.head.trains else 0.0
     if plan.strategy == "ddp":  # buckets hold every gradient a second time
         shared["gradient buckets"] = gradients
-    turn = {
-        "activations": saved,
-        "logits": logit_bytes(shape, plan, rows),
-        "blocks of attention masses": blocks,
-        "gradients": gradients if several else min(gradients, head_gradients),
-        "weights in low precision": _casts(shape, plan),
-    }
-    end = {
-        "gradients": gradients,
-        "one layer computed again": recomputed or (kept[0] if kept else 0.0),
-        "gradients of activations": largest / 2,
-        "blocks of attention masses": blocks,
-    }
-    if shape.checkpointing:
-        turn["one layer computed again"] = max(0.0, recomputed - turn["logits"])
+    if plan.guidance:
+        shared["blocks of attention masses"] = 3.0 * BLOCK_BYTES["cpu" if device.is_cpu else "cuda"]
     moments = {
-        "between forward and backward": turn | shared,
-        "at the end of the backward": end | shared,
+        **{name: parts | shared for name, parts in _learning(shape, plan, size, gradients).items()},
         # PyTorch's AdamW takes all parameters at once on accelerators, with one more copy for its denominators.
         "in the optimiser's step": {"gradients": gradients, "copies of AdamW": 0.0 if device.is_cpu else gradients},
     }
     if plan.rollout and plan.rollout.in_process:
         moments["while completions are sampled"] = _sampling(shape, plan, size)
     return {name: {item: value for item, value in parts.items() if value} for name, parts in moments.items()}
+
+
+def _learning(shape: Shape, plan: Plan, size: Bytes, gradients: float) -> dict[str, dict[str, float]]:
+    """Where a forward's activations are all there and no gradient is, and where it is the other way round."""
+    rows = Rows.of(plan, shape)
+    kept, largest = _kept(shape, plan, size, rows)
+    logits = logit_bytes(shape, plan, rows)
+    head = float(shape.head.fan_in * shape.head.fan_out * shape.head.trains)
+    is_shared = plan.is_sharded and plan.shards > 1
+    whole_head = head * (size.compute if is_shared and plan.is_mixed else size.weights)
+    several = plan.accumulate > 1 or (plan.rollout is not None and _micro_batches(plan) > 1)
+    turn = {
+        "activations": sum(kept),
+        "logits": logits,
+        "gradients": gradients if several else min(gradients, head * size.weights / plan.shards),
+        "weights in low precision": _casts(shape, plan),
+    }
+    end = {
+        "gradients": gradients,
+        "one layer computed again" if shape.checkpointing else "activations of one layer": (
+            largest if shape.checkpointing else max(kept, default=0.0)
+        ),
+        "gradients of activations": largest / 2,
+    }
+    if shape.checkpointing:  # the last layer is computed again once the logits are gone
+        turn["one layer computed again"] = max(0.0, largest - logits)
+    if is_shared:
+        turn["gradient of the head before it is shared"] = whole_head
+        end["gradients of what is no layer before they are shared"] = _outside(shape, trained=True) * _reduced(
+            plan, size
+        )
+    if plan.scoring.kernel != "whole" and scored_rows(plan, rows) > plan.scoring.chunk_size:
+        turn["gradient of the head, once more"] = whole_head
+    if "head" not in shape.parts:
+        end["gradient of the tied embeddings, once more"] = whole_head
+    return {"between forward and backward": turn, "at the end of the backward": end}
+
+
+def _kept(shape: Shape, plan: Plan, size: Bytes, rows: Rows) -> tuple[list[float], float]:
+    """What each layer keeps until its backward, and the most that one keeps without checkpointing."""
+    kept, largest = [], 0.0
+    for block, on_graph in zip(shape.blocks, in_graph(shape), strict=True):
+        count, keys = rows.rows_of(block), rows.keys_of(block, shape)
+        whole = block_bytes(block, count, keys, shape.attention, size, padded=plan.micro_batch > 1)
+        guided = guidance_bytes(block, rows, size) if _is_guided(plan, block.kind, block.index) else 0.0
+        largest = max(largest, whole + guided)
+        width = max((site.fan_in for site in block.attention[:1]), default=shape.hidden)
+        if on_graph:
+            # Of recorded attention a checkpoint keeps the masses, which the loss needs, and not the queries.
+            kept.append(size.residual * count * width + guided / 2 if shape.checkpointing else whole + guided)
+    return kept, largest
 
 
 def _is_guided(plan: Plan, kind: str, index: int) -> bool:
@@ -162,15 +181,15 @@ def _micro_batches(plan: Plan) -> float:
 
 
 def logit_bytes(shape: Shape, plan: Plan, rows: Rows) -> float:
-    """Logits at their fullest: in the dtype of products, in float32, and two float32 tensors of their gradient."""
-    words = shape.head.fan_out
-    positions = scored_rows(plan, rows)
+    """Logits at their fullest: in the dtype of products, in float32, and two float32 tensors of their gradient.
+
+    Whole logits are copied once more as the scored ones are taken out, and so is their gradient.
+    """
+    words, scored = shape.head.fan_out, scored_rows(plan, rows)
+    narrow = plan.compute_bytes < 4
     if plan.scoring.kernel != "whole":
-        positions = min(positions, plan.scoring.chunk_size)
-    elif plan.rollout is None:
-        positions = rows.sequences * rows.length
-    narrow = 2 * plan.compute_bytes if plan.compute_bytes < 4 else 0
-    return positions * words * (narrow + 12.0)
+        return min(scored, plan.scoring.chunk_size) * words * (16.0 if narrow else 12.0)
+    return rows.sequences * rows.length * words * (16.0 if narrow else 20.0)
 
 
 def scored_rows(plan: Plan, rows: Rows) -> int:
@@ -196,8 +215,7 @@ def _shared(shape: Shape, plan: Plan, size: Bytes) -> dict[str, float]:
     wide = size.compute if plan.is_mixed else size.weights
     unit = max((block.num_parameters for block in shape.blocks), default=0)
     trained = max((block.num_trained for block in shape.blocks), default=0)
-    rest = shape.num_parameters - sum(block.num_parameters for block in shape.blocks)
-    reduced = 4 if plan.strategy == "fsdp2" and plan.is_mixed else wide
+    rest, reduced = _outside(shape, trained=False), _reduced(plan, size)
     found = {
         "gathered: what is no layer": float(rest * wide),
         "gathered: two layers": 2.0 * unit * wide,
@@ -206,6 +224,20 @@ def _shared(shape: Shape, plan: Plan, size: Bytes) -> dict[str, float]:
     if not plan.reshard:
         found["gathered: all layers"] = float((shape.num_parameters - rest) * wide)
     return found
+
+
+def _outside(shape: Shape, *, trained: bool) -> int:
+    """Parameters of no layer, which make one unit: embeddings, head, what joins pictures and text."""
+    if trained:
+        return shape.num_trained - sum(block.num_trained for block in shape.blocks)
+    return shape.num_parameters - sum(block.num_parameters for block in shape.blocks)
+
+
+def _reduced(plan: Plan, size: Bytes) -> int:
+    """Bytes of a gradient's number as processes add it up."""
+    if not plan.is_mixed:
+        return size.weights
+    return 4 if plan.strategy == "fsdp2" else size.compute
 
 
 def _sampling(shape: Shape, plan: Plan, size: Bytes) -> dict[str, float]:

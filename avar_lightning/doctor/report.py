@@ -74,6 +74,18 @@ def verdict(memory: Memory, device: Device, advice: tuple[list[Advice], list[Adv
     return "\n".join(lines)
 
 
+def in_short(plan: Plan, device: Device, memory: Memory, timing: Timing) -> str:
+    """The estimate in two lines, for the head of a configuration."""
+    hours = "" if timing.hours is None else f", {timing.updates:,.0f} updates in {timing.hours:,.3g} hours"
+    host = sum(memory.host.values()) / GIB
+    batch = f"{timing.step:.3g} s an update of {plan.sequences_per_step} sequences"
+    return (
+        f"{memory.total / GIB:.1f} of {device.memory / GIB:.1f} GiB a device ({device.name}), {host:.0f} GiB of host "
+        f"memory a node, {memory.checkpoint / GIB:.1f} GiB a checkpoint\n"
+        f"{batch} at {timing.utilisation:.0%} of the peak{hours}"
+    )
+
+
 def assumptions(shape: Shape, plan: Plan, device: Device, timing: Timing) -> list[str]:
     """Every assumption of an estimate, one sentence each."""
     lengths = plan.lengths
