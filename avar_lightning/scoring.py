@@ -31,8 +31,8 @@ class ScoringConfig:
     """`chunked` (logits of a few positions at a time, computed again in backward), `liger` (the fused kernel of
     liger-kernel, for the LM loss on CUDA; `chunked` elsewhere in it), `whole` (the model's own logits, all at once);
     `auto` is `liger` on CUDA where it is installed, and `chunked` elsewhere."""
-    chunk_size: int = 512
-    """Positions whose logits exist at the same time, in float32: 512 of 152 K words are 311 MB."""
+    chunk_size: int = 256
+    """Positions whose logits exist at the same time, in float32: 256 of 152 K words are 156 MB."""
 
     def __post_init__(self) -> None:
         """Refuse what is no size."""

@@ -12,15 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import about, as_cell, as_columns, synchronize, write
+from measuring import about, as_cell, as_columns, in_process, peak_of, synchronize, write
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -92,26 +89,6 @@ def step(model: PreTrainedModel, implementation: str, length: int) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def peak_of(function: Callable[[], None], device: str) -> float:
-    """Peak memory of a call above what was in use before it, in MiB."""
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    # Writing 5 sets the process's peak back to what it uses now (proc(5)).
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status_kib("VmHWM")
-    function()
-    return (status_kib("VmHWM") - before) / 2**10
-
-
-def status_kib(name: str) -> int:
-    """One field of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
-
-
 def measure_memory(args: argparse.Namespace, implementation: str, length: int) -> float:
     """Peak of one step, in this process."""
     model = build(args, implementation)
@@ -135,24 +112,15 @@ def measure_seconds(args: argparse.Namespace, length: int) -> dict[str, list[flo
     return seconds
 
 
-def in_process(args: argparse.Namespace, what: str) -> Any:
-    """Run one measurement in a fresh process and return what it prints."""
-    command = [sys.executable, __file__, *args.forwarded, "--measure", what]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"measurement {what!r} failed with status {done.returncode}; out of memory when negative.")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """All measurements, one row a length and implementation."""
     rows = []
     for length in args.lengths:
-        seconds = in_process(args, f"seconds:{length}")
+        seconds = in_process(f"seconds:{length}")
         for name in IMPLEMENTATIONS:
             ratios = [mine / plain for mine, plain in zip(seconds[name], seconds["sdpa"], strict=True)]
             row = {"length": length, "implementation": name}
-            row["peak_mib"] = round(in_process(args, f"memory:{length}:{name}"), 1)
+            row["peak_mib"] = round(in_process(f"memory:{length}:{name}"), 1)
             row |= as_columns("seconds", seconds[name]) | as_columns("ratio", ratios)
             rows.append(row)
             print(row, flush=True)
@@ -182,7 +150,7 @@ def table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
 
 
 def parse() -> argparse.Namespace:
-    """Command line; `forwarded` is what a measuring process gets."""
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="tokens")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds")
@@ -195,9 +163,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--head-dim", type=int, default=32)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    args.forwarded = sys.argv[1:]
-    return args
+    return parser.parse_args()
 
 
 def main() -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import csv
+import json
 import platform
+import subprocess
+import sys
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -38,6 +42,36 @@ def synchronize(device: str) -> None:
     """Wait for the device."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
+
+
+def peak_of(function: Callable[[], None], device: str) -> float:
+    """Peak memory of a call above what was in use before it, in MiB."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    # Writing 5 sets the process's peak back to what it uses now (proc(5)).
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status_kib("VmHWM")
+    function()
+    return (status_kib("VmHWM") - before) / 2**10
+
+
+def status_kib(name: str) -> int:
+    """One field of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
+
+
+def in_process(what: str) -> Any:
+    """Run this program once more, with the same options, for one measurement; returns what it prints as JSON."""
+    done = subprocess.run(
+        [sys.executable, *sys.argv, "--measure", what], stdout=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"measurement {what!r} failed with status {done.returncode}; out of memory when negative.")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def about(device: str, threads: int) -> dict[str, Any]:

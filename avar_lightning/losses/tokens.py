@@ -6,9 +6,11 @@ Shape letters: N positions, D hidden size, V words.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 Head = Callable[[Tensor], Tensor]
@@ -21,7 +23,7 @@ def token_logps(
     *,
     temperature: float = 1.0,
     with_entropy: bool = False,
-    chunk_size: int = 512,
+    chunk_size: int = 256,
 ) -> tuple[Tensor, Tensor | None]:
     """log softmax(head(hidden) / temperature) at given tokens, without the whole logits.
 
@@ -62,12 +64,31 @@ def token_logps(
 def _chunk(
     head: Head, hidden: Tensor, token_ids: Tensor, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
-    logits_nV = head(hidden).float() / temperature
-    normaliser = logits_nV.logsumexp(1)
-    logps = logits_nV.gather(1, token_ids[:, None]).squeeze(1) - normaliser
+    logits_nV = head(hidden).float()
+    if temperature != 1.0:
+        logits_nV = logits_nV / temperature
+    logps: Tensor = _ChosenLogps.apply(logits_nV, token_ids)
     if not with_entropy:
         return logps, None
     with torch.no_grad():
-        detached = logits_nV.detach()
-        entropy = normaliser.detach() - (detached.softmax(1) * detached).sum(1)
-    return logps, entropy
+        probabilities = logits_nV.softmax(1)
+        mean = torch.einsum("nv,nv->n", probabilities, logits_nV)
+        return logps, logits_nV.logsumexp(1) - mean
+
+
+class _ChosenLogps(torch.autograd.Function):
+    """log softmax at given tokens; its backward makes one tensor of the logits' size, and autograd's own makes four."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_nV: Tensor, token_ids: Tensor) -> Tensor:
+        normaliser = logits_nV.logsumexp(1)
+        ctx.save_for_backward(logits_nV, normaliser, token_ids)
+        return logits_nV.gather(1, token_ids[:, None]).squeeze(1) - normaliser
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_n: Tensor) -> tuple[Tensor, None]:
+        logits_nV, normaliser, token_ids = ctx.saved_tensors
+        # d logp / d logit = [chosen] - p
+        result = (logits_nV - normaliser[:, None]).exp_().mul_(-gradient_n[:, None])
+        return result.scatter_add_(1, token_ids[:, None], gradient_n[:, None]), None
