@@ -16,7 +16,7 @@ test: $(READY)
 	$(PYTHON) -m pytest -n 2
 
 test-slow: $(READY)
-	$(PYTHON) -m pytest -m slow
+	$(PYTHON) -m pytest -n 2 -m slow
 
 # The table of docs/families.md: every family with everything, on small random models (two minutes on a core).
 families: $(READY)
@@ -33,6 +33,8 @@ bench: $(READY)
 	$(PYTHON) benchmarks/steering_overhead.py
 	$(PYTHON) benchmarks/grpo_step.py
 	$(PYTHON) benchmarks/data_pipeline.py
+	$(PYTHON) benchmarks/lm_loss.py
+	$(PYTHON) benchmarks/doctor_estimates.py
 
 # The measured table of the README: every guidance form and query set, several seeds (three quarters of an hour on 2 cores).
 table: $(READY)

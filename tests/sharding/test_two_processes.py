@@ -17,7 +17,7 @@ def launch(folder, cases):
     training.prepare(folder, cases)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "tests.sharding.training", str(folder), *cases]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -71,6 +71,7 @@ def test_two_processes_are_one(default, name):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)  # the first one trains them all
 @pytest.mark.parametrize("name", training.SLOW_CASES)
 def test_two_processes_are_one_in_every_way(slow, name):
     compare(slow, name, training.SLOW_CASES[name])
