@@ -66,7 +66,7 @@ CPU_KERNELS = {  # which torch's counter does not know
         lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v)
     ),
 }
-WARM_UP = 2
+WARM_UP, TIMED = 1, 2
 
 
 class PeakMemory(TorchDispatchMode):
@@ -111,10 +111,10 @@ class Measure(L.Callback):
         if first:
             return
         on_cuda = module.device.type == "cuda"
-        if update == WARM_UP + 3:
+        if update == WARM_UP + TIMED:
             counter = FlopCounterMode(display=False, custom_mapping=dict(CPU_KERNELS))
             self.operations = self.stack.enter_context(counter)
-        elif update == WARM_UP + 4:
+        elif update == WARM_UP + TIMED + 1:
             states = [x for state in trainer.optimizers[0].state.values() for x in state.values() if x.ndim]
             self.found["weights"] = _bytes(module.model.parameters())
             self.found["states"] = _bytes(states)
@@ -135,7 +135,7 @@ class Measure(L.Callback):
         if last:
             return
         synchronize(module.device.type)
-        if WARM_UP < update <= WARM_UP + 3:
+        if WARM_UP < update <= WARM_UP + TIMED:
             self.seconds.append(time.perf_counter() - self.started)
         self.stack.close()
         self.found["flops"] = self.operations.get_total_flops()
@@ -178,7 +178,7 @@ def make_shards(folder: Path, length: int) -> None:
 
 def options(args: argparse.Namespace, folder: Path, case: str) -> list[str]:
     """The command line of a case."""
-    updates = (WARM_UP + 5) * (2 if "accumulating" in case else 1)
+    updates = (WARM_UP + TIMED + 2) * (2 if "accumulating" in case else 1)
     return [
         *("--config", "configs/avar_sft.yaml"),
         *CASES[case],

@@ -181,15 +181,16 @@ def _micro_batches(plan: Plan) -> float:
 
 
 def logit_bytes(shape: Shape, plan: Plan, rows: Rows) -> float:
-    """Logits at their fullest: in the dtype of products, in float32, and two float32 tensors of their gradient.
+    """Logits at their fullest: in float32 and once more as their gradient is made.
 
-    Whole logits are copied once more as the scored ones are taken out, and so is their gradient.
+    Where products are narrower, both in their dtype too; divided by a temperature, once more. Whole logits are copied
+    as the scored ones are taken out, and so is their gradient.
     """
     words, scored = shape.head.fan_out, scored_rows(plan, rows)
-    narrow = plan.compute_bytes < 4
+    each = 8.0 + (4.0 if plan.compute_bytes < 4 else 0.0) + (4.0 if plan.rollout else 0.0)
     if plan.scoring.kernel != "whole":
-        return min(scored, plan.scoring.chunk_size) * words * (16.0 if narrow else 12.0)
-    return rows.sequences * rows.length * words * (16.0 if narrow else 20.0)
+        return min(scored, plan.scoring.chunk_size) * words * each
+    return rows.sequences * rows.length * words * (each + 8.0)
 
 
 def scored_rows(plan: Plan, rows: Rows) -> int:
