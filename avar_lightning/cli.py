@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
+from avar_lightning import strategies as strategies  # makes fsdp2 known to the Trainer
 from avar_lightning.checkpoints import look_into
 from avar_lightning.errors import OneSentence, told
 from avar_lightning.files import write_json, write_jsonl

@@ -156,7 +156,7 @@ def _replaced_forward(head: Any, score: Callable[[Head, Tensor], Tensor], result
 
     def forward(hidden_BKD: Tensor) -> Tensor:
         # With a dimension of one in front, where those who pass it on expect the batch.
-        results.append(score(own, hidden_BKD)[None])
+        results.append(score(own, hidden_BKD)[None].clone())  # FSDP2 warns of views
         return results[-1]
 
     head.forward = forward

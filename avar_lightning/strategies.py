@@ -1,11 +1,14 @@
-"""A Lightning strategy for what ModelParallelStrategy leaves to be said by hand: all processes share the weights."""
+"""A Lightning strategy for what ModelParallelStrategy leaves to be said by hand: all processes share the weights.
+
+Importing this file registers it as `fsdp2` and `fsdp2_cpu_offload`, for `Trainer(strategy=…)` and `--trainer.strategy`.
+"""
 
 from __future__ import annotations
 
 from datetime import timedelta
 
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -45,3 +48,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         if self.cpu_offload and self._process_group_backend is None and self.root_device.type == "cuda":
             return "cpu:gloo,cuda:nccl"  # norms of gradients are summed where the gradients are
         return super()._get_process_group_backend()
+
+
+StrategyRegistry.register("fsdp2", FSDP2Strategy, "FSDP2 over all processes")
+StrategyRegistry.register("fsdp2_cpu_offload", FSDP2Strategy, "FSDP2 with weights in host memory", cpu_offload=True)

@@ -119,7 +119,7 @@ def _checkpointing(plan: Plan) -> Fix | None:
 def _share_weights(plan: Plan) -> Fix | None:
     if plan.world_size == 1 or plan.shards == plan.world_size or plan.vlm.quantization is not None:
         return None
-    option = "--trainer.strategy avar_lightning.strategies.FSDP2Strategy"
+    option = "--trainer.strategy fsdp2"
     changed = replace(plan, strategy="fsdp2", shards=plan.world_size)
     return Fix(option, "weights travel between devices in every forward and backward", changed)
 
@@ -161,7 +161,7 @@ def _four_bits(plan: Plan) -> Fix | None:
 def _offload(plan: Plan) -> Fix | None:
     if not plan.is_sharded or plan.offload:
         return None
-    option = "--trainer.strategy avar_lightning.strategies.FSDP2Strategy --trainer.strategy.cpu_offload true"
+    option = "--trainer.strategy fsdp2_cpu_offload"
     cost = "weights and updates go through host memory, several times as slow"
     return Fix(option, cost, replace(plan, strategy="fsdp2", shards=plan.world_size, offload=True))
 

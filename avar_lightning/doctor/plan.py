@@ -160,17 +160,17 @@ def strategy_of(value: Any) -> tuple[Strategy | None, Mapping[str, Any]]:
         return None, options
     kinds: tuple[tuple[Strategy, tuple[str, ...]], ...] = (
         ("fsdp1", ("fsdp", "FSDPStrategy")),
-        ("fsdp2", ("FSDP2Strategy", "ModelParallelStrategy")),
+        ("fsdp2", ("fsdp2", "fsdp2_cpu_offload", "FSDP2Strategy", "ModelParallelStrategy")),
         ("ddp", ("ddp", "DDPStrategy")),
         ("single", ("SingleDeviceStrategy",)),
     )
     for kind, names in kinds:
         if name in names or (kind in ("ddp", "fsdp1") and name.startswith((f"{names[0]}_",))):
-            if name == "fsdp_cpu_offload":
+            if name.endswith("_cpu_offload"):
                 options = {"cpu_offload": True}
             # One dimension of all processes, however many.
-            return kind, {"data_parallel_size": "all", **options} if name == "FSDP2Strategy" else options
+            return kind, {"data_parallel_size": "all", **options} if name in names[:3] and kind == "fsdp2" else options
     raise ValueError(
-        f"trainer.strategy {name!r} cannot be estimated, expected auto, ddp, fsdp, FSDPStrategy, FSDP2Strategy, "
-        "ModelParallelStrategy or SingleDeviceStrategy; choose one of these."
+        f"trainer.strategy {name!r} cannot be estimated, expected auto, ddp, fsdp, fsdp2, FSDPStrategy, "
+        "FSDP2Strategy, ModelParallelStrategy or SingleDeviceStrategy; choose one of these."
     )

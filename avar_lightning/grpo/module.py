@@ -137,7 +137,7 @@ class GRPOModule(VLMModule):
         if isinstance(self.trainer.strategy, FSDPStrategy):
             raise ValueError(
                 "trainer.strategy is FSDPStrategy (FSDP1), which cannot go through several forwards and backwards in "
-                "one step; use avar_lightning.strategies.FSDP2Strategy, or ddp."
+                "one step; use fsdp2, or ddp."
             )
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None:

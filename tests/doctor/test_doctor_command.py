@@ -138,7 +138,10 @@ def test_strategies_are_told_apart_as_lightning_names_them():
     for name, kind in names.items():
         assert strategy_of(name)[0] == kind
     assert strategy_of("fsdp_cpu_offload")[1]["cpu_offload"]
-    assert strategy_of({"class_path": "avar_lightning.strategies.FSDP2Strategy"})[0] == "fsdp2"
+    for whole in ({"class_path": "avar_lightning.strategies.FSDP2Strategy"}, "fsdp2", "fsdp2_cpu_offload"):
+        kind, options = strategy_of(whole)
+        assert (kind, options["data_parallel_size"]) == ("fsdp2", "all")
+    assert strategy_of("fsdp2_cpu_offload")[1]["cpu_offload"]
     with pytest.raises(ValueError, match="'deepspeed' cannot be estimated, expected auto, ddp"):
         strategy_of("deepspeed")
 
