@@ -97,6 +97,8 @@ class VLMModule(L.LightningModule):
         self.accuracy = MeanMetric()
         self.seed = 0  # of what is random in training, beside that of `seed_everything`
         self._pace: float | None = None  # of the run that is resumed
+        self.shapes: dict[str, torch.Size] = {}  # of what checkpoints hold; empty until the model is there
+        self.trained: list[str] = []
 
     def save_configuration(self, **own: Any) -> None:
         """Keep the configuration in checkpoints, as plain types."""
@@ -111,7 +113,10 @@ class VLMModule(L.LightningModule):
             self.model = self.load().train()
             # Told apart here, before FSDP flattens every parameter to one dimension.
             self.vectors = {name for name, parameter in self.named_parameters() if parameter.ndim < 2}
-            refuse_unfit(self._trainer, self, absent=self._base_names() if self.vlm.quantization else ())
+            # So are shapes, by which checkpoints are known.
+            absent = self._base_names() if self.vlm.quantization else set()
+            self.shapes |= {plain_name(n): each.shape for n, each in self.state_dict().items() if n not in absent}
+            self.trained += [plain_name(n) for n, parameter in self.named_parameters() if parameter.requires_grad]
 
     def load(self) -> Any:
         """The model as the strategy wants it: whole, or shared among processes, of which one alone reads it."""
@@ -175,6 +180,7 @@ class VLMModule(L.LightningModule):
         """Take the data's processor, whose limits on pixels are those that the exported model needs."""
         self.processor = getattr(getattr(self.trainer, "datamodule", None), "processor", self.processor)
         use_whole_files(self.trainer)
+        refuse_unfit(self.trainer, self.shapes, self.trained)
 
     def on_train_start(self) -> None:
         """Go on at the learning rate that belongs to the place in the data."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -89,18 +89,18 @@ def load_weights(contents: Contents) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
 
-def refuse_other(contents: Contents, weights: Mapping[str, Any], trained: Iterable[str] | None = None) -> None:
+def refuse_other(contents: Contents, shapes: Mapping[str, Sequence[int]], trained: Iterable[str] | None = None) -> None:
     """Refuse a checkpoint of another model, before any of it is loaded.
 
     Args:
         contents: Of the checkpoint.
-        weights: The model's state dict, by the same names.
+        shapes: Of the model's weights, by the same names.
         trained: Names of the parameters that train; where given, the checkpoint's must be the same.
 
     Raises:
         ValueError: A key is missing, unexpected, or of another shape.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    shapes = {name: tuple(shape) for name, shape in shapes.items()}
     theirs = {name: tuple(shape) for name, shape in contents.shapes.items()}
     differing = {
         "missing": sorted(shapes.keys() - theirs.keys()),

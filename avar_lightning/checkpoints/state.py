@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -16,33 +16,32 @@ from torch.distributed.fsdp import OptimStateKeyType
 
 from avar_lightning.checkpoints.contents import look_into, refuse_other
 from avar_lightning.checkpoints.opening import refuse_kind
-from avar_lightning.checkpoints.optimizer import by_name, by_number, is_by_name, named_groups, plain_name
+from avar_lightning.checkpoints.optimizer import by_name, by_number, is_by_name, named_groups
 
 PACE, IMAGE_SIZE = "updates_per_epoch", "image_size"  # names in a checkpoint
 
 
-def refuse_unfit(trainer: L.Trainer | None, module: L.LightningModule, *, absent: Iterable[str] = ()) -> None:
-    """Refuse the checkpoint that a trainer is about to load where it is not of this module; call it once that is built.
+def refuse_unfit(trainer: L.Trainer, shapes: Mapping[str, Sequence[int]], trained: Iterable[str]) -> None:
+    """Have a trainer refuse checkpoints of other models, of whatever kind, before it loads anything of them.
+
+    All strategies open checkpoints by one method, and only after the model is there; Lightning calls nobody before.
 
     Args:
-        trainer: Whose checkpoint it is; None where a module is built without one.
-        module: With its model.
-        absent: Names of weights that its checkpoints leave out.
-
-    Raises:
-        FileNotFoundError: There is none.
-        ValueError: It is another model's, or of a kind that the strategy does not read.
+        trainer: That will load.
+        shapes: Of the weights that a checkpoint of this model holds; asked when it is loaded.
+        trained: Names of the parameters that train; asked then, too.
     """
-    path = trainer.ckpt_path if trainer is not None else None
-    if trainer is None or path is None or "://" in str(path):
-        return
-    contents = look_into(path)
-    refuse_kind(contents, trainer)
-    fitting = trainer.state.fn == "fit"
-    trained = [plain_name(name) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    absent = set(absent)
-    weights = {plain_name(name): each for name, each in module.state_dict().items() if name not in absent}
-    refuse_other(contents, weights, trained if fitting else None)
+    strategy = trainer.strategy
+    load = type(strategy).load_checkpoint.__get__(strategy)
+
+    def checked(checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        if "://" not in str(checkpoint_path):
+            contents = look_into(checkpoint_path)
+            refuse_kind(contents, trainer)
+            refuse_other(contents, shapes, trained if trainer.state.fn == "fit" else None)
+        return load(checkpoint_path, *args, **kwargs)
+
+    setattr(strategy, "load_checkpoint", checked)  # noqa: B010
 
 
 def keep_by_name(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:

@@ -136,7 +136,8 @@ def _skeleton(vlm: VLMConfig) -> Any:
 def _filled(model: Any, contents: Contents, weights: dict[str, Tensor], *, partly: bool) -> Any:
     """The same with the weights of a checkpoint, every one; they stay on the disk until they are used."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    wanted = {PREFIX + name: each for name, each in model.state_dict().items() if not partly or name in trained}
+    named = model.state_dict().items()
+    wanted = {PREFIX + name: each.shape for name, each in named if not partly or name in trained}
     refuse_other(contents, wanted)
     state = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
     model.load_state_dict(state, strict=not partly, assign=True)

@@ -33,6 +33,7 @@ def exact(write, tmp_path, options, points, samples=SAMPLES):
         run(shards, folder, *options, "--resume", tmp_path / "whole" / f"step={point}.ckpt")
         cut = book(folder)
         assert 0 < len(cut) < len(whole)
+        assert len({entry["loss"] for entry in cut}) > len(cut) / 2  # it learns
         assert cut == whole[-len(cut) :], f"from step {point}"
 
 
@@ -85,7 +86,7 @@ def test_checkpoints_of_every_kind_open_in_every_place(write, tmp_path, options)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("limit", [["--max-epochs", 2], ["--max-steps", 40]], ids=said)
+@pytest.mark.parametrize("limit", [["--max-epochs", 2], ["--max-steps", 60]], ids=said)
 def test_another_number_of_samples_an_update_sees_every_sample_once(write, tmp_path, limit):
     """Batches of 4, then of 8 and 2; in the first epoch's middle, and at its end."""
     shards = write(SAMPLES)
@@ -107,7 +108,7 @@ def test_another_number_of_samples_an_update_sees_every_sample_once(write, tmp_p
                 for entry in cut[:-1]:  # the same rate after the same number of samples
                     done += size
                     if done in rates:
-                        assert entry["lr"] == pytest.approx(rates[done], rel=1e-2)
+                        assert entry["lr"] == pytest.approx(rates[done], abs=1e-4)  # warm-up rounds to updates
 
 
 @pytest.mark.slow

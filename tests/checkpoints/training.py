@@ -23,8 +23,8 @@ from avar_lightning.rollout import SamplingConfig
 from tests.data.killed import Diary
 
 
-def length_is_even(completions, completion_ids, **_):
-    return [float(len(ids) % 2 == 0) for ids in completion_ids]
+def sum_is_even(completions, completion_ids, **_):
+    return [float(sum(ids) % 2 == 0) for ids in completion_ids]
 
 
 def checksum(module):
@@ -72,7 +72,7 @@ def module(options):
     if options.kind == "sft":
         return SFTModule(vlm, GuidanceConfig(form="hinge"), rate)
     grpo = GRPOConfig(num_generations=4, micro_batch_size=4, num_epochs=2)
-    rewards = [RewardConfig(length_is_even, name="accuracy")]
+    rewards = [RewardConfig(sum_is_even, name="accuracy")]
     return GRPOModule(vlm, grpo, SamplingConfig(max_new_tokens=6, temperature=2.0), rewards, None, None, rate)
 
 
