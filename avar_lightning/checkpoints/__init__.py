@@ -3,7 +3,7 @@
 from avar_lightning.checkpoints.contents import Contents, is_checkpoint, load_weights, look_into, refuse_other
 from avar_lightning.checkpoints.opening import refuse_kind, use_whole_files
 from avar_lightning.checkpoints.optimizer import by_name, by_number, plain_name
-from avar_lightning.checkpoints.replacing import beside, put, recover, remove, room_for, sweep
+from avar_lightning.checkpoints.replacing import beside, put, recover, remove, replaced, room_for, sweep
 from avar_lightning.checkpoints.state import (
     IMAGE_SIZE,
     PACE,
@@ -34,6 +34,7 @@ __all__ = [
     "refuse_other",
     "refuse_unfit",
     "remove",
+    "replaced",
     "room_for",
     "seed_step",
     "sweep",

@@ -32,7 +32,7 @@ def put(unfinished: Path, path: str | Path) -> None:
     """Give what is written its name, in place of what has it now."""
     path, old = Path(path), Path(path).with_name(Path(path).name + OLD)
     _to_disk(unfinished)
-    if not (unfinished.is_dir() or (path.is_dir() and not path.is_symlink())):
+    if not (_is_folder(unfinished) or _is_folder(path)):
         os.replace(unfinished, path)
     else:
         _delete(old)
@@ -41,6 +41,30 @@ def put(unfinished: Path, path: str | Path) -> None:
         os.rename(unfinished, path)
         _delete(old)
     _sync(path.parent)
+
+
+@contextlib.contextmanager
+def replaced(path: str | Path, hint: str) -> Iterator[Path]:
+    """Give a place to write in, which takes the name of `path` at the end of the block.
+
+    Whatever goes wrong in the block, what was there stays, and what was written is removed.
+
+    Args:
+        path: Of a file or folder; there need be nothing yet.
+        hint: As of :func:`room_for`.
+    """
+    recover(path)
+    unfinished = beside(path)
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    _delete(unfinished)
+    try:
+        with room_for(path, hint):
+            yield unfinished
+            put(unfinished, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            _delete(unfinished)
+        raise
 
 
 def remove(path: str | Path) -> None:
@@ -109,8 +133,14 @@ def _full(error: BaseException | None) -> str | None:
     return None
 
 
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
 def _to_disk(path: Path) -> None:
     """Have everything written, so that no crash of the machine leaves a name without its content."""
+    if path.is_symlink():
+        return
     if path.is_dir():
         for part in path.rglob("*"):
             if part.is_file():
@@ -128,7 +158,7 @@ def _sync(path: Path) -> None:
 
 
 def _delete(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
+    if _is_folder(path):
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

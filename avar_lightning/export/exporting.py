@@ -9,16 +9,10 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 
+from avar_lightning.checkpoints import recover, replaced
 from avar_lightning.export.card import model_card
-from avar_lightning.export.folder import (
-    anatomy,
-    answer_logits,
-    compare_adapters,
-    compare_logits,
-    reopen,
-    write_folder,
-)
-from avar_lightning.export.sources import open_source
+from avar_lightning.export.folder import HINT, anatomy, answer_logits, compare_adapters, compare_logits, fill, reopen
+from avar_lightning.export.sources import Source, open_source
 
 
 @dataclass(frozen=True)
@@ -36,7 +30,7 @@ class ExportConfig:
     pick: Literal["auto", "best", "last"] = "auto"
     """Which checkpoint of a run: `auto` is the best where a metric was monitored, else the last."""
     check: bool = False
-    """Compare logits before and after too, on the CPU."""
+    """Compare logits too, on the CPU: of the written model, and those of merged adapters with adapters'."""
     overwrite: bool = False
     """Replace an exported model that is there."""
 
@@ -49,7 +43,8 @@ class Exported:
         folder: Where.
         tensors: How many, all of which were compared.
         parameters: Values in them.
-        difference: Of logits, as a share of the largest one; None where they were not compared.
+        difference: Of logits by merging or by opening again, the larger one, as a share of the largest logit; None where
+            they were not compared.
         merged: Whether adapters were added to the weights.
     """
 
@@ -61,7 +56,7 @@ class Exported:
 
 
 def export(config: ExportConfig) -> Exported:
-    """Write a Hugging Face folder, open it again and compare; memory holds the model once.
+    """Write a Hugging Face folder, open it again, compare, and only then give it its name; memory holds the model once.
 
     Raises:
         FileExistsError: There is something in the way.
@@ -69,6 +64,7 @@ def export(config: ExportConfig) -> Exported:
         ValueError: The checkpoint does not fit its model, or the folder does not open as what was written.
     """
     folder = Path(config.output).expanduser()
+    recover(folder)
     _refuse_existing(folder, config)
     source = open_source(config.checkpoint, merge=config.merge, pick=config.pick)
     adapted = isinstance(source.model, PeftModel)
@@ -79,22 +75,42 @@ def export(config: ExportConfig) -> Exported:
         )
     about: dict[str, Any] = {"base": source.base, "run": source.run, "settings": source.settings}
     card = model_card(source.name or folder.name, adapters=not config.merge, **about)
-    if not config.merge:
-        write_folder(folder, source.model, source.processor, card=card, run=source.run)
+    with replaced(folder, HINT) as unfinished:
+        if config.merge:
+            tensors, parameters, difference = _write_model(unfinished, source, config, card)
+            return Exported(folder, tensors, parameters, difference, adapted)
+        fill(unfinished, source.model, source.processor, card=card, run=source.run)
         adapters = get_peft_model_state_dict(source.model)
-        compare_adapters(folder, adapters)
+        compare_adapters(unfinished, adapters)
         return Exported(folder, len(adapters), sum(t.numel() for t in adapters.values()), None, False)
-    wanted_logits = answer_logits(source.model, source.processor) if config.check else None
-    merged = source.model.merge_and_unload(safe_merge=True) if adapted else source.model
-    model = merged.to(getattr(torch, config.dtype)) if config.dtype else merged
-    write_folder(folder, model, source.processor, card=card, run=source.run)
-    wanted, dtype, processor = anatomy(model), model.dtype, source.processor
-    del model, merged, source  # before it is opened again
+
+
+def _write_model(folder: Path, source: Source, config: ExportConfig, card: str) -> tuple[int, int, float | None]:
+    """Write a whole model and compare; gives its tensors, its parameters and the largest difference of logits."""
+    differences, processor = list[float](), source.processor
+    model, source.model = source.model, None  # which is to go before it is opened again
+    if isinstance(model, PeftModel):
+        before = answer_logits(model, processor) if config.check else None
+        model = model.merge_and_unload(safe_merge=True)
+        if before is not None:
+            differences.append(compare_logits(answer_logits(model, processor), before, model.dtype))
+    if config.dtype:
+        _cast(model, getattr(torch, config.dtype))
+    logits = answer_logits(model, processor) if config.check else None
+    fill(folder, model, processor, card=card, run=source.run)
+    wanted, dtype = anatomy(model), model.dtype
+    del model
     opened = reopen(folder, wanted)
-    difference = None
-    if wanted_logits is not None:
-        difference = compare_logits(folder, answer_logits(opened, processor), wanted_logits, dtype)
-    return Exported(folder, len(wanted), opened.num_parameters(), difference, adapted)
+    if logits is not None:
+        differences.append(compare_logits(answer_logits(opened, processor), logits, dtype))
+    return len(wanted), opened.num_parameters(), max(differences, default=None)
+
+
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    """Cast what is written, in place; what is made anew at opening (angles of positions) keeps its own dtype."""
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
 
 
 def _refuse_existing(folder: Path, config: ExportConfig) -> None:

@@ -1,4 +1,4 @@
-"""Write a Hugging Face folder that is whole or not there, and open it again to see that it is right."""
+"""Write a Hugging Face folder that is whole and right or not there: it is opened again before it gets its name."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
-from avar_lightning.checkpoints import beside, put, remove, room_for
+from avar_lightning.checkpoints import replaced
 
 ADAPTERS = "adapter_model.safetensors"
+HINT = "free space, or choose another folder; what was there before is whole."
 # What logits may differ by after a round trip, as a share of the largest.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
@@ -35,22 +36,23 @@ def write_folder(
         run: Folder of the training run, whose config.yaml is copied.
         **options: For the model's `save_pretrained`: gathered weights, where processes share them.
     """
-    folder, unfinished = Path(folder), beside(folder)
-    unfinished.parent.mkdir(parents=True, exist_ok=True)
-    remove(unfinished)
-    with room_for(folder, "free space, or choose another folder; what was there before is whole."):
-        model.save_pretrained(unfinished, **options)
-        processor.save_pretrained(unfinished)
-        if getattr(processor, "video_processor", None) is None and _knows_videos(type(processor)):
-            # Loaded without torchvision, it says nothing of videos; where there is, this file is asked for them.
-            processor.image_processor.save_pretrained(unfinished)
-        (unfinished / "README.md").write_text(card)
-        if run is not None and (run / "config.yaml").is_file():
-            shutil.copyfile(run / "config.yaml", unfinished / "config.yaml")
-        for file in unfinished.iterdir():  # safetensors lets nobody else read
-            file.chmod((unfinished / "README.md").stat().st_mode)
-        put(unfinished, folder)
-    return folder
+    with replaced(folder, HINT) as unfinished:
+        fill(unfinished, model, processor, card=card, run=run, **options)
+    return Path(folder)
+
+
+def fill(folder: Path, model: Any, processor: Any, *, card: str, run: Path | None = None, **options: Any) -> None:
+    """The same without anything to replace: into an empty place."""
+    model.save_pretrained(folder, **options)
+    processor.save_pretrained(folder)
+    if getattr(processor, "video_processor", None) is None and _knows_videos(type(processor)):
+        # Loaded without torchvision, it says nothing of videos; where there is, this file is asked for them.
+        processor.image_processor.save_pretrained(folder)
+    (folder / "README.md").write_text(card)
+    if run is not None and (run / "config.yaml").is_file():
+        shutil.copyfile(run / "config.yaml", folder / "config.yaml")
+    for file in folder.iterdir():  # safetensors lets nobody else read
+        file.chmod((folder / "README.md").stat().st_mode)
 
 
 def anatomy(model: Any) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -70,7 +72,7 @@ def reopen(folder: Path, wanted: Mapping[str, tuple[tuple[int, ...], torch.dtype
     wrong = {name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in map(str, info[kind])}
     wrong |= {name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)}
     if wrong:
-        _differs(folder, f"{len(wrong)} keys, the first {sorted(wrong)[0]!r}")
+        _differs(f"{len(wrong)} keys, the first {sorted(wrong)[0]!r}")
     opened: PreTrainedModel = model.eval()
     return opened
 
@@ -87,7 +89,7 @@ def compare_adapters(folder: Path, wanted: Mapping[str, Tensor]) -> None:
             name for name in sorted(found) if not torch.equal(file.get_tensor(name), wanted[name].detach().cpu())
         ]
     if wrong:
-        _differs(folder, f"{len(wrong)} adapters, the first {wrong[0]!r}")
+        _differs(f"{len(wrong)} adapters, the first {wrong[0]!r}")
 
 
 @torch.no_grad()
@@ -102,7 +104,7 @@ def answer_logits(model: PreTrainedModel | PeftModel, processor: Any) -> Tensor:
     return logits
 
 
-def compare_logits(folder: Path, found: Tensor, wanted: Tensor, dtype: torch.dtype) -> float:
+def compare_logits(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> float:
     """The largest difference of logits, as a share of the largest logit.
 
     Raises:
@@ -110,7 +112,7 @@ def compare_logits(folder: Path, found: Tensor, wanted: Tensor, dtype: torch.dty
     """
     difference = float((found - wanted).abs().max() / wanted.abs().max())
     if not difference <= TOLERANCE[dtype]:
-        _differs(folder, f"logits by {difference:.2g} of the largest, expected at most {TOLERANCE[dtype]:g}")
+        _differs(f"{difference:.2g} of the largest logit, expected at most {TOLERANCE[dtype]:g}")
     return difference
 
 
@@ -119,8 +121,8 @@ def _knows_videos(kind: type[ProcessorMixin]) -> bool:
     return any("video_processor" in inspect.signature(each).parameters for each in kind.__mro__[:-1])
 
 
-def _differs(folder: Path, what: str) -> None:
+def _differs(what: str) -> None:
     raise ValueError(
-        f"{str(folder)!r} does not open as what it was written from: {what}; do not use it, and report this with the "
-        "versions of torch and transformers."
+        f"The exported model is not what it was made from: it differs by {what}; nothing was written or replaced, "
+        "report this with the versions of torch and transformers."
     )

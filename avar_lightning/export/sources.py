@@ -81,7 +81,8 @@ def _of_run(run: Path, pick: str) -> Path:
     """The best or last checkpoint of a run."""
     for old in (run / "checkpoints").glob("*.ckpt.old"):
         recover(old.with_suffix(""))
-    found = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    named = (path for path in (run / "checkpoints").glob("*.ckpt") if path.exists())  # a link may lead nowhere
+    found = sorted(named, key=lambda path: path.stat().st_mtime)
     if not found:
         raise FileNotFoundError(
             f"The run {str(run)!r} has no checkpoint in {str(run / 'checkpoints')!r}; give another."
@@ -91,10 +92,13 @@ def _of_run(run: Path, pick: str) -> Path:
     best: dict[str, Any] = next((state for state in states if state.get("best_model_path")), {})
     if pick == "last" or (pick == "auto" and best.get("best_model_score") is None):
         return last
-    path = run / "checkpoints" / Path(best.get("best_model_path", "")).name
-    if not is_checkpoint(path):
+    path = Path(best.get("best_model_path", ""))
+    # A resumed run leaves the best one in its earlier version's folder; all of them may have moved since.
+    places = [path, run.absolute().parent.joinpath(*path.parts[-3:]), run / "checkpoints" / path.name]
+    there = next((place for place in places if is_checkpoint(place)), None)
+    if there is None:
         raise FileNotFoundError(f"The best checkpoint of {str(run)!r} is not at {str(path)!r}; use --pick last.")
-    return path
+    return there
 
 
 def _of_lightning(contents: Contents, *, merge: bool) -> Source:
