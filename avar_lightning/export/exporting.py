@@ -43,8 +43,8 @@ class Exported:
         folder: Where.
         tensors: How many, all of which were compared.
         parameters: Values in them.
-        difference: Of logits by merging or by opening again, the larger one, as a share of the largest logit; None where
-            they were not compared.
+        difference: Of logits by merging or by opening again, whichever is larger, as a share of the largest logit; None
+            where they were not compared.
         merged: Whether adapters were added to the weights.
     """
 
