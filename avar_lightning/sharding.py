@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
 from avar_lightning.attention import find_vlm
+from avar_lightning.checkpoints import plain_name, replaced
 from avar_lightning.families import sharding_units
 
 
@@ -187,7 +187,17 @@ def whole_state(model: nn.Module) -> dict[str, Any]:
         return {}
     adapters_only = isinstance(model, PeftModel)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapters_only)
-    return {"state_dict": get_model_state_dict(model, options=options)}
+    return {"state_dict": _tied(model, get_model_state_dict(model, options=options))}
+
+
+def _tied(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """The same with one tensor for all names of one parameter, which `save_pretrained` then writes once."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        name = plain_name(name)
+        if name in state:
+            state[name] = state[first.setdefault(id(parameter), name)]
+    return state
 
 
 def save_weights(model: nn.Module, folder: str | Path) -> None:
@@ -195,13 +205,9 @@ def save_weights(model: nn.Module, folder: str | Path) -> None:
 
     The first process writes; the folder is whole or not there. A collective call, where there are several.
     """
-    folder = Path(folder)
     options = whole_state(model)
     if dist.is_initialized() and dist.get_rank() != 0:
         return
-    unfinished = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    save: Any = model.save_pretrained
-    save(unfinished, **options)
-    unfinished.rename(folder)
+    with replaced(folder, "free space, or choose another folder.") as unfinished:
+        save: Any = model.save_pretrained
+        save(unfinished, **options)
