@@ -171,10 +171,20 @@ def has_row_a_sample(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def sharding_units(model: PreTrainedModel) -> set[str]:
-    """Classes of the layers whose weights are shared among processes as one."""
+    """Classes of the layers whose weights are shared among processes as one.
+
+    Raises:
+        ValueError: The model has none, and every step would gather it whole.
+    """
     family = FAMILIES.get(model.config.model_type)
     whole = family.units if family else {}
-    return {whole.get(name, name) for name in model._no_split_modules or ()}
+    named = {whole.get(name, name) for name in model._no_split_modules or ()}
+    if not named & {type(module).__name__ for module in model.modules()}:
+        raise ValueError(
+            f"{type(model).__name__} names no layers that belong together (_no_split_modules is "
+            f"{model._no_split_modules}), expected those to be shared among processes one by one; use ddp."
+        )
+    return named
 
 
 def has_square_images(model_type: str) -> bool:

@@ -118,7 +118,8 @@ def guide(
         }
         # Sums and what they are sums over, so that processes can be added up.
         sums = {name: (value.detach(), torch.ones_like(value)) for name, value in parts.items()}
-        sums |= {"mass_image": (image[rows].sum(), rows.sum()), "mass_system": (system[rows].sum(), rows.sum())}
+        for name, mass in (("mass_image", image), ("mass_system", system)):
+            sums[name] = mass.where(rows, 0.0).sum(), rows.sum()
         sums |= {name: (value.nansum(), value.isfinite().sum()) for name, value in scores.items()}
         sums["guided"] = ((query_mask.any(dim=1) & has_keys).sum(), torch.ones_like(loss))
         pairs = over_processes(

@@ -78,6 +78,8 @@ class VLMModule(L.LightningModule):
         scoring: How log-probabilities are computed without holding all logits.
     """
 
+    stage = ""
+    """Kind of training, whose checkpoints no other one goes on from."""
     model: nn.Module  # a Hugging Face PreTrainedModel, PEFT-wrapped with LoRA; there from `configure_model` on
 
     def __init__(
@@ -123,9 +125,15 @@ class VLMModule(L.LightningModule):
         load = partial(load_model, self.vlm)
         strategy = self._trainer.strategy if self._trainer is not None else None
         if isinstance(strategy, FSDPStrategy):
-            return load_for_fsdp1(load, strategy.kwargs)
+            return load_for_fsdp1(load, strategy)
         if self.device_mesh is None:
             return load()
+        copies = self.device_mesh["tensor_parallel"].size()
+        if copies > 1:
+            raise ValueError(
+                f"trainer.strategy has tensor_parallel_size {copies}, expected 1: layers are shared among processes, not "
+                "cut; set it to 1 and data_parallel_size to the number of processes, or use --trainer.strategy fsdp2."
+            )
         dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
         offload = getattr(self.trainer.strategy, "cpu_offload", False)
         return load_sharded(load, self.device_mesh["data_parallel"], dtype=dtype, offload=offload)
@@ -140,6 +148,7 @@ class VLMModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what other processes need to go on; leave a 4-bit base out, which is loaded again from where it was."""
+        checkpoint["stage"] = self.stage
         keep_by_name(checkpoint, self.trainer)
         checkpoint[PACE] = updates_per_epoch(self.trainer)
         checkpoint[IMAGE_SIZE] = dict(getattr(self.processor.image_processor, "size", None) or {})
@@ -192,7 +201,18 @@ class VLMModule(L.LightningModule):
         self.rng = seed_step(self.seed, self.global_step, part, self.global_rank)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up what was kept for other processes."""
+        """Take up what was kept for other processes.
+
+        Raises:
+            ValueError: Another kind of training is to go on.
+        """
+        stage = checkpoint.get("stage", self.stage)
+        if stage != self.stage and self._trainer is not None and self.trainer.state.fn == "fit":
+            raise ValueError(
+                f"The checkpoint is one of {stage}, and {self.stage} cannot go on from its optimizer and schedule; "
+                "export it (avar export CHECKPOINT FOLDER) and start from there (--model.init_args.vlm.pretrained "
+                "FOLDER)."
+            )
         self._pace = checkpoint.get(PACE)
         if self._trainer is not None:
             groups = [[name for name, _ in group] for group in self.parameter_groups()]

@@ -30,7 +30,7 @@ class ScoringConfig:
     kernel: Kernel = "auto"
     """`chunked` (logits of a few positions at a time, computed again in backward), `liger` (the fused kernel of
     liger-kernel, for the LM loss on CUDA; `chunked` elsewhere in it), `whole` (the model's own logits, all at once);
-    `auto` is `liger` on CUDA where it is installed, and `chunked` elsewhere."""
+    `auto` is `liger` on CUDA where it is installed and the head is a plain linear layer, and `chunked` elsewhere."""
     chunk_size: int = 256
     """Positions whose logits exist at the same time, in float32: 256 of 152 K words are 156 MB."""
 
@@ -108,8 +108,8 @@ def lm_loss(
     """
     config = config or ScoringConfig()
     tokens, mask = labels[:, 1:].clamp(min=0), labels[:, 1:] != -100
-    on_cuda = labels.is_cuda
-    if config.kernel == "liger" or (config.kernel == "auto" and on_cuda and has_liger()):
+    is_plain = type(find_vlm(model).get_output_embeddings()) is nn.Linear  # and has no adapter
+    if config.kernel == "liger" or (config.kernel == "auto" and labels.is_cuda and is_plain and has_liger()):
         rows = _scored_rows(mask)
 
         def loss(_: Head, hidden_BND: Tensor) -> Tensor:

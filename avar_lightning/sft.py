@@ -36,6 +36,8 @@ class SFTModule(VLMModule):
         scoring: How the LM loss is computed without holding all logits.
     """
 
+    stage = "sft"
+
     def __init__(
         self,
         vlm: VLMConfig | None = None,
@@ -99,9 +101,9 @@ class SFTModule(VLMModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take it up."""
         super().on_load_checkpoint(checkpoint)
-        watched = checkpoint.get("watched", {"unguided": 0, "gaming": {}})
-        self.unguided = watched["unguided"]
-        vars(self.gaming).update(watched["gaming"])
+        watched = checkpoint.get("watched", {})
+        self.unguided = watched.get("unguided", 0)
+        vars(self.gaming).update(watched.get("gaming", {}))
 
     def configure_gradient_clipping(
         self,

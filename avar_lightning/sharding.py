@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import FSDPStrategy
 from peft import PeftModel
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -78,15 +80,14 @@ def load_sharded(
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=offload, strict=True)
     set_model_state_dict(model, source.state_dict() if source is not None else {}, options=options)
     _share_buffers(model, source, device)
-    # What a checkpoint says beside its weights, and a model built from its configuration alone has not.
-    settings: list[Any] = [find_vlm(source).generation_config if source is not None else None]
-    dist.broadcast_object_list(settings, src=0)
-    find_vlm(model).generation_config = settings[0]
+    if source is not None:
+        find_vlm(model).generation_config = find_vlm(source).generation_config
+    _share_settings(model)
     return model.eval()
 
 
 def load_for_fsdp1(
-    load: Callable[..., PreTrainedModel | PeftModel], options: dict[str, Any]
+    load: Callable[..., PreTrainedModel | PeftModel], strategy: FSDPStrategy
 ) -> PreTrainedModel | PeftModel:
     """Load a model that FSDP1 is about to wrap: whole in the first process, which then gives the others their parts.
 
@@ -94,19 +95,33 @@ def load_for_fsdp1(
 
     Args:
         load: As in `load_sharded`.
-        options: Of FullyShardedDataParallel, which gets those that this needs.
+        strategy: Gets the options that this needs. Where it leaves precision to the trainer, gradients are summed in
+            float32 and buffers keep it: rotary frequencies in bfloat16 turn far tokens by whole radians.
     """
+    if strategy.mixed_precision is None:
+        precision: Any = strategy.precision_plugin
+        exact = {"reduce_dtype": torch.float32, "buffer_dtype": torch.float32}
+        strategy.mixed_precision = replace(precision.mixed_precision_config, **exact)
     blank = load(on_meta=True)
     if len(list(blank.named_parameters())) < len(list(blank.named_parameters(remove_duplicate=False))):
         return load()
-    options |= {"sync_module_states": True, "param_init_fn": _materialise}
-    return load() if dist.get_rank() == 0 else blank
+    strategy.kwargs |= {"sync_module_states": True, "param_init_fn": _materialise}
+    model = load() if dist.get_rank() == 0 else blank
+    _share_settings(model)
+    return model
 
 
 def _materialise(module: nn.Module) -> None:
     if any(tensor.is_meta for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]):
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
         module.to_empty(device=device, recurse=False)
+
+
+def _share_settings(model: nn.Module) -> None:
+    """Give what a checkpoint says of generation to processes that built the model from its configuration alone."""
+    settings: list[Any] = [find_vlm(model).generation_config]
+    dist.broadcast_object_list(settings, src=0)
+    find_vlm(model).generation_config = settings[0]
 
 
 def _share_buffers(model: nn.Module, source: nn.Module | None, device: torch.device) -> None:

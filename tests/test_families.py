@@ -7,6 +7,7 @@ import transformers as hf
 from avar_lightning.families import FAMILIES, family_of, part_pattern, sharding_units
 from avar_lightning.model import LoRAConfig, _add_lora, _freeze
 from tests.attention.families import paligemma2
+from tests.factories import tiny_vlm
 
 
 def test_an_unknown_family_is_read_off_the_model():
@@ -60,3 +61,11 @@ def test_parts_do_not_overlap(model_type):
     for name in family.projector:
         assert re.search(part_pattern(family, "projector"), f"model.{name}")
         assert not re.search(part_pattern(family, "vision"), f"model.{name}.linear")
+
+
+def test_a_model_without_layers_to_share_is_refused(monkeypatch):
+    model = tiny_vlm()
+    assert sharding_units(model) == {"Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"}
+    monkeypatch.setattr(model, "_no_split_modules", None)
+    with pytest.raises(ValueError, match=r"_no_split_modules is None.*use ddp"):
+        sharding_units(model)

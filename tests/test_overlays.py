@@ -14,6 +14,7 @@ from avar_lightning import GRPOModule, SFTModule
 from avar_lightning.attention import find_vlm
 from avar_lightning.cli import AvarCLI
 from avar_lightning.data import ShardDataModule
+from avar_lightning.families import sharding_units
 from avar_lightning.model import VLMConfig, load_model
 from avar_lightning.processing import DEMO_BASE
 from avar_lightning.strategies import FSDP2Strategy
@@ -136,7 +137,7 @@ def test_each_layer_is_a_unit_of_sharding(overlay, kind, pretrained):
     named = (
         {cls.__name__ for cls in strategy.kwargs["auto_wrap_policy"]._module_classes} if kind is FSDPStrategy else ()
     )
-    names = set(named or model._no_split_modules)
+    names = set(named or sharding_units(find_vlm(model)))
     units = [module for module in model.modules() if type(module).__name__ in names]
     assert len(units) == find_vlm(model).config.text_config.num_hidden_layers + 32
     assert units_hold_all_but_ends(model, units)

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import lightning as L
 import pytest
 import torch
@@ -264,3 +266,17 @@ def test_a_test_logs_under_its_own_name_with_the_data_modules_processor(make_dat
     trainer.test(module, data, verbose=False)
     assert {"test/loss", "test/accuracy"} <= trainer.callback_metrics.keys()
     assert module.processor is data.processor  # exported with the model, its limits on pixels included
+
+
+def test_layers_that_would_be_cut_are_refused():
+    module = make_module()
+    module._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 2)}
+    with pytest.raises(ValueError, match=r"tensor_parallel_size 2, expected 1.*--trainer\.strategy fsdp2"):
+        module.load()
+
+
+def test_a_checkpoint_of_another_training_is_refused():
+    module = make_module()
+    module.trainer = SimpleNamespace(state=SimpleNamespace(fn="fit"))
+    with pytest.raises(ValueError, match=r"one of grpo, and sft cannot go on.*avar export"):
+        module.on_load_checkpoint({"stage": "grpo"})

@@ -67,6 +67,8 @@ class GRPOModule(VLMModule):
         scoring: How log-probabilities are computed without holding all logits.
     """
 
+    stage = "grpo"
+
     def __init__(
         self,
         vlm: VLMConfig | None = None,
@@ -168,9 +170,9 @@ class GRPOModule(VLMModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up what was watched."""
         super().on_load_checkpoint(checkpoint)
-        watched = checkpoint.get("watched", {"idle": 0, "first": [], "last": []})
-        self._idle, self._trend.first = watched["idle"], watched["first"]
-        self._trend.last.extend(watched["last"])
+        watched = checkpoint.get("watched", {})
+        self._idle, self._trend.first = watched.get("idle", 0), watched.get("first", [])
+        self._trend.last.extend(watched.get("last", []))
 
     def num_optimizer_steps(self) -> float:
         """Updates of the whole training, several a batch."""
@@ -354,9 +356,11 @@ class GRPOModule(VLMModule):
             logs["tokens"] += out.num_tokens
             for name in ("kl", "clip_fraction_low", "clip_fraction_high"):
                 logs[name] += getattr(out, name) * out.num_tokens
-        values = {name: float(value) for name, value in logs.items()}
-        tokens = values.pop("tokens", 0.0)
-        values |= {name: value / max(tokens, 1.0) for name, value in values.items() if name != "loss"}
+        # Of all processes, which have different numbers of tokens, and perhaps none.
+        values = dict(zip(logs, self._over_processes([float(value) for value in logs.values()], "sum")))
+        tokens, loss = values.pop("tokens", 0.0), values.pop("loss", 0.0)
+        values = {name: value / max(tokens, 1.0) for name, value in values.items()}
+        values["loss"] = loss / self.trainer.world_size
         values["grad_norm"] = self._step(optimizer)
         return values
 

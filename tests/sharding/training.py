@@ -40,7 +40,8 @@ class FSDP1Strategy(FSDPStrategy):
 
     def _setup_model(self, model):
         _init_utils._check_module_states_for_sync_module_states = lambda *_: None  # that they are on a GPU
-        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)
+        precision = self.mixed_precision_config
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), mixed_precision=precision, **self.kwargs)
 
 
 STRATEGIES = {
@@ -80,7 +81,8 @@ SLOW_CASES = {
     "ddp": Case("ddp", form="share"),
     "no_images": Case(images=0),
     "fsdp1": Case("fsdp1", form="hinge", images=3, answers=5),
-    "fsdp1_untied": Case("fsdp1", form="published", tied=False, checkpointing=True, clip=0.01),
+    "fsdp1_untied": Case("fsdp1", form="published", tied=False, checkpointing=True, clip=0.01, answers=5),
+    "fsdp1_bf16": Case("fsdp1", precision="bf16-mixed", images=3),
     "untied": Case(form="hinge", tied=False),
     "bf16": Case(precision="bf16-mixed", images=3),
     "offload": Case("offload", images=3, clip=0.01),
@@ -111,10 +113,14 @@ def write_samples(folder, images):
 
 
 class Record(L.Callback):
-    """Keeps the gradients of the first update, and what was logged of each."""
+    """Keeps where it began, the gradients of the first update as they came and clipped, and what was logged of each."""
 
     def __init__(self):
-        self.gradients, self.logged = {}, []
+        self.start, self.gradients, self.clipped, self.logged = {}, {}, {}, []
+
+    def on_train_start(self, trainer, pl_module):
+        with whole_parameters(trainer) as named:
+            self.start = {n: whole(p.detach()).clone() for n, p in named.items()}
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         if not self.gradients:
@@ -122,7 +128,11 @@ class Record(L.Callback):
                 self.gradients = {n: whole(p.grad).clone() for n, p in named.items() if p.grad is not None}
 
     def on_train_batch_end(self, trainer, pl_module, *_):
-        self.logged.append({n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("train/")})
+        metrics = trainer.callback_metrics.items()
+        self.logged.append({n: float(v) for n, v in metrics if not n.startswith(("val/", "time/"))})
+        if not self.clipped:
+            with whole_parameters(trainer) as named:
+                self.clipped = {n: whole(p.grad).clone() for n, p in named.items() if p.grad is not None}
 
 
 @contextmanager
@@ -193,7 +203,9 @@ def train(case, folder, world_size):
     with whole_parameters(trainer) as named:
         weights = {n: whole(p.detach()).clone() for n, p in named.items()}
     measured = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val/")}
-    return {"weights": weights, "gradients": record.gradients, "logged": record.logged, "measured": measured}
+    found = {"start": record.start, "weights": weights, "gradients": record.gradients, "clipped": record.clipped}
+    buffers = {n.replace("_fsdp_wrapped_module.", ""): b for n, b in module.model.named_buffers()}
+    return found | {"logged": record.logged, "measured": measured, "buffers": buffers}
 
 
 def prepare(folder, cases):
@@ -202,7 +214,9 @@ def prepare(folder, cases):
     for name, tied in (("base", True), ("untied", False)):
         torch.manual_seed(7)
         config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
-        AutoModelForImageTextToText.from_config(config).save_pretrained(folder / name)
+        model = AutoModelForImageTextToText.from_config(config)
+        model.generation_config.repetition_penalty = 1.3  # which a model made from its configuration alone has not
+        model.save_pretrained(folder / name)
         load_processor("demo").save_pretrained(folder / name)
     for images in {case.images for case in cases.values()}:
         write_samples(folder / f"{images}_images", images)
