@@ -80,6 +80,8 @@ class VLMModule(L.LightningModule):
 
     stage = ""
     """Kind of training, whose checkpoints no other one goes on from."""
+    updates_per_batch: int = 1
+    """Of the optimizer, where gradients are not accumulated."""
     model: nn.Module  # a Hugging Face PreTrainedModel, PEFT-wrapped with LoRA; there from `configure_model` on
 
     def __init__(

@@ -174,9 +174,14 @@ class GRPOModule(VLMModule):
         self._idle, self._trend.first = watched.get("idle", 0), watched.get("first", [])
         self._trend.last.extend(watched.get("last", []))
 
+    @property
+    def updates_per_batch(self) -> int:
+        """Several."""
+        return self.grpo.updates_per_batch
+
     def num_optimizer_steps(self) -> float:
         """Updates of the whole training, several a batch."""
-        steps, limit = super().num_optimizer_steps() * self.grpo.updates_per_batch, self.trainer.max_steps
+        steps, limit = super().num_optimizer_steps() * self.updates_per_batch, self.trainer.max_steps
         return min(steps, limit) if limit > 0 else steps
 
     @property
