@@ -51,8 +51,12 @@ def is_checkpoint(path: str | Path) -> bool:
     return (path / ".metadata").is_file() and (path / EXTRA).is_file()
 
 
-def look_into(path: str | Path) -> Contents:
+def look_into(path: str | Path, *, trusted: bool = False) -> Contents:
     """Read what a checkpoint holds, without its tensors.
+
+    Args:
+        path: Of the checkpoint.
+        trusted: Whether it may hold objects of any type, which can run any code as they are read.
 
     Raises:
         FileNotFoundError: There is none.
@@ -72,7 +76,7 @@ def look_into(path: str | Path) -> Contents:
             f"{str(path)!r} is no Lightning checkpoint, expected a .ckpt file or a folder with .metadata and {EXTRA}; "
             "check the path."
         )
-    return _of_file(path) if path.is_file() else _of_folder(path)
+    return _of_file(path, trusted) if path.is_file() else _of_folder(path, trusted)
 
 
 def load_weights(contents: Contents) -> dict[str, Tensor]:
@@ -121,8 +125,8 @@ def refuse_other(contents: Contents, shapes: Mapping[str, Sequence[int]], traine
         )
 
 
-def _of_file(path: Path) -> Contents:
-    saved = _load(path)
+def _of_file(path: Path, trusted: bool) -> Contents:
+    saved = _load(path, trusted)
     if not isinstance(saved, dict) or "state_dict" not in saved or "pytorch-lightning_version" not in saved:
         raise ValueError(f"{str(path)!r} is no checkpoint of Lightning, expected one with a 'state_dict'; check it.")
     weights = saved.pop("state_dict")
@@ -132,7 +136,7 @@ def _of_file(path: Path) -> Contents:
     return Contents(path, "file", shapes, set().union(*known) if known else None, saved)
 
 
-def _of_folder(path: Path) -> Contents:
+def _of_folder(path: Path, trusted: bool) -> Contents:
     metadata = _metadata(path)
     kind: Kind = "FSDP2 folder" if any(name.startswith("state_dict.") for name in metadata) else "FSDP folder"
     prefix = WEIGHTS[kind]
@@ -140,7 +144,7 @@ def _of_folder(path: Path) -> Contents:
     shapes = {name.removeprefix(prefix): size for name, size in tensors.items() if name.startswith(prefix)}
     states = [name.removeprefix("optimizer_0.state.") for name in metadata if name.startswith("optimizer_0.state.")]
     trained = {name.rpartition(".")[0] for name in states}
-    return Contents(path, kind, shapes, trained or None, _load(path / EXTRA))
+    return Contents(path, kind, shapes, trained or None, _load(path / EXTRA, trusted))
 
 
 def _metadata(path: Path) -> dict[str, Any]:
@@ -150,13 +154,29 @@ def _metadata(path: Path) -> dict[str, Any]:
         raise ValueError(f"{str(path / '.metadata')!r} is damaged ({error}); give another checkpoint.") from error
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path, trusted: bool = False) -> Any:
     """What torch saved; its tensors are read from the file when they are used."""
     try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=not trusted)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, LookupError, TypeError) as error:
+        types = _refused_types(path)
+        if types:
+            raise ValueError(
+                f"{str(path)!r} holds {_some(types)}, and only plain values and tensors are read from files that need "
+                "not be trusted; if you trust this one, resume with --weights_only false, or write it anew to export "
+                "it (torch.save(torch.load(PATH, weights_only=False) | {'callbacks': {}}, PATH)), and have the "
+                "callback that keeps such values keep plain ones."
+            ) from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{str(path)!r} cannot be read ({reason}); it is damaged, give another one.") from error
+
+
+def _refused_types(path: Path) -> list[str]:
+    """Types in a file that are not read unless it is trusted; none of one that is damaged."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # whatever a damaged pickle comes to
+        return []
 
 
 def _some(names: list[str]) -> str:

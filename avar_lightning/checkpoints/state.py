@@ -6,7 +6,7 @@ import math
 import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -24,7 +24,9 @@ PACE, IMAGE_SIZE = "updates_per_epoch", "image_size"  # names in a checkpoint
 def refuse_unfit(trainer: L.Trainer, shapes: Mapping[str, Sequence[int]], trained: Iterable[str]) -> None:
     """Have a trainer refuse checkpoints of other models, of whatever kind, before it loads anything of them.
 
-    All strategies open checkpoints by one method, and only after the model is there; Lightning calls nobody before.
+    All strategies open checkpoints by one method, and only after the model is there; Lightning calls nobody before. So
+    this puts `load_checkpoint` of the trainer's strategy, of this one object, behind a check of its own; whoever looks
+    for what the strategy does finds it in the class.
 
     Args:
         trainer: That will load.
@@ -36,7 +38,7 @@ def refuse_unfit(trainer: L.Trainer, shapes: Mapping[str, Sequence[int]], traine
 
     def checked(checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         if "://" not in str(checkpoint_path):
-            contents = look_into(checkpoint_path)
+            contents = look_into(checkpoint_path, trusted=kwargs.get("weights_only") is False)
             refuse_kind(contents, trainer)
             refuse_other(contents, shapes, trained if trainer.state.fn == "fit" else None)
         return load(checkpoint_path, *args, **kwargs)
@@ -72,9 +74,12 @@ def take_by_number(checkpoint: dict[str, Any], trainer: L.Trainer, groups: Seque
 
 
 def updates_per_epoch(trainer: L.Trainer) -> float:
-    """How many updates an epoch takes with this many processes, batch size and accumulation."""
-    batches = trainer.num_training_batches
-    return math.ceil(batches / trainer.accumulate_grad_batches) if math.isfinite(batches) else math.inf
+    """How many updates an epoch takes with this many processes, batch size, accumulation, and updates of a batch."""
+    batches, module = trainer.num_training_batches, cast(Any, trainer.lightning_module)
+    if not math.isfinite(batches):
+        return math.inf
+    updates: int = module.updates_per_batch * math.ceil(batches / trainer.accumulate_grad_batches)
+    return updates
 
 
 def keep_pace(trainer: L.Trainer, then: float | None) -> None:

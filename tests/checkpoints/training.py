@@ -21,6 +21,7 @@ from avar_lightning.module import OptimizerConfig
 from avar_lightning.rewards import RewardConfig
 from avar_lightning.rollout import SamplingConfig
 from tests.data.killed import Diary
+from tests.sharding.training import FSDP1Strategy
 
 
 def sum_is_even(completions, completion_ids, **_):
@@ -54,6 +55,8 @@ def parser():
     parser.add_argument("--dropout", type=float, default=0.3)
     parser.add_argument("--sharded", action="store_true")
     parser.add_argument("--one-file", action="store_true")
+    parser.add_argument("--fsdp1", action="store_true")
+    parser.add_argument("--hf", type=Path)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--max-steps", type=int, default=-1)
@@ -93,6 +96,8 @@ def train(options):
     strategy = "ddp" if world_size > 1 else "auto"
     if options.sharded:
         strategy = ModelParallelStrategy(world_size, 1, save_distributed_checkpoint=not options.one_file)
+    if options.fsdp1:
+        strategy = FSDP1Strategy()
     often = {} if options.val_every else {"every_n_train_steps": options.every}
     kept = {"save_top_k": options.top, "save_last": True, "monitor": "step", "mode": "max"}
     saving = Checkpoint(options.folder, filename="{step}", **kept, **often)
@@ -121,6 +126,8 @@ def train(options):
             raise
         options.says.write_text(json.dumps([type(error).__name__, str(error)]))
         sys.exit(1)
+    if options.hf:
+        made.save_pretrained(options.hf)
 
 
 if __name__ == "__main__":
