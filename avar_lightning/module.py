@@ -133,8 +133,8 @@ class VLMModule(L.LightningModule):
         copies = self.device_mesh["tensor_parallel"].size()
         if copies > 1:
             raise ValueError(
-                f"trainer.strategy has tensor_parallel_size {copies}, expected 1: layers are shared, and not cut; set it "
-                "to 1 and data_parallel_size to the number of processes, or use --trainer.strategy fsdp2."
+                f"trainer.strategy has tensor_parallel_size {copies}, expected 1: layers are shared, and not cut; set "
+                "it to 1 and data_parallel_size to the number of processes, or use --trainer.strategy fsdp2."
             )
         dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
         offload = getattr(self.trainer.strategy, "cpu_offload", False)

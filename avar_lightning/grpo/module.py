@@ -362,7 +362,7 @@ class GRPOModule(VLMModule):
             for name in ("kl", "clip_fraction_low", "clip_fraction_high"):
                 logs[name] += getattr(out, name) * out.num_tokens
         # Of all processes, which have different numbers of tokens, and perhaps none.
-        values = dict(zip(logs, self._over_processes([float(value) for value in logs.values()], "sum")))
+        values = dict(zip(logs, self._over_processes([float(value.detach()) for value in logs.values()], "sum")))
         tokens, loss = values.pop("tokens", 0.0), values.pop("loss", 0.0)
         values = {name: value / max(tokens, 1.0) for name, value in values.items()}
         values["loss"] = loss / self.trainer.world_size
