@@ -80,8 +80,6 @@ class VLMModule(L.LightningModule):
 
     stage = ""
     """Kind of training, whose checkpoints no other one goes on from."""
-    updates_per_batch: int = 1
-    """Of the optimizer, where gradients are not accumulated."""
     model: nn.Module  # a Hugging Face PreTrainedModel, PEFT-wrapped with LoRA; there from `configure_model` on
 
     def __init__(
@@ -293,6 +291,11 @@ class VLMModule(L.LightningModule):
                 synced_gpus=False,
             )
         return self.processor.batch_decode(tokens[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    @property
+    def updates_per_batch(self) -> int:
+        """Of the optimizer, where gradients are not accumulated."""
+        return 1
 
     def num_optimizer_steps(self) -> float:
         """Updates of the whole training, infinite where the data's length is unknown."""
