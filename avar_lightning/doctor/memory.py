@@ -90,7 +90,7 @@ def _always(shape: Shape, plan: Plan) -> dict[str, float]:
         "optimiser states": 2 * factor * shape.trained_bytes * held,
     }
     if plan.rollout and plan.rollout.has_reference:
-        found["reference model"] = factor * shape.weight_bytes
+        found["reference model"] = factor * shape.weight_bytes * held
     return found
 
 
@@ -265,4 +265,6 @@ def _host(shape: Shape, plan: Plan, kind: str) -> dict[str, float]:
     if plan.offload:
         share = plan.devices / plan.shards
         found["offloaded weights, gradients, states"] = share * (shape.weight_bytes + 3 * shape.trained_bytes)
+        if plan.rollout and plan.rollout.has_reference:
+            found["offloaded reference model"] = share * shape.weight_bytes
     return found

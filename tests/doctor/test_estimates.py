@@ -242,6 +242,17 @@ def test_rollouts_count_cache_and_passes(seven):
     assert timing(seven, config, device, 0.4).step > timing(seven, server, device, 0.4).step
 
 
+def test_the_reference_is_shared_as_the_policy_is(seven):
+    grpo = Rollout(8, 1, 1, 1024, None, True, True, True, True)
+    one = memory(seven, plan(rollout=grpo), CPU)
+    assert one.always["reference model"] == one.always["weights"] > 0
+    eight = memory(seven, plan(rollout=grpo, strategy="fsdp2", shards=8, devices=8), CPU)
+    assert eight.always["reference model"] == one.always["reference model"] / 8
+    offloaded = memory(seven, plan(rollout=grpo, strategy="fsdp2", shards=8, devices=8, offload=True), CPU)
+    assert offloaded.always["reference model"] == 0
+    assert offloaded.host["offloaded reference model"] == one.always["reference model"]
+
+
 def test_updates_are_those_of_the_shorter_of_steps_and_epochs():
     of_epochs = plan(max_steps=-1, max_epochs=3, num_samples=1000, batch_size=4, devices=8, accumulate=4)
     assert updates_of(of_epochs) == 3 * 8  # 31 batches of 32, four of them an update, and the rest one more
