@@ -136,6 +136,7 @@ def command_line(args: list[str] | None = None, *, kind: type[AvarCLI] = AvarCLI
         save_config_kwargs={"overwrite": True},
         auto_configure_optimizers=False,
         parser_class=AvarArgumentParser,
+        parser_kwargs={"prog": "train.py"},  # `avar doctor` reads its command lines too
         args=args,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 from avar_lightning.doctor import DoctorConfig, diagnose
@@ -36,7 +37,7 @@ def doctor_parser() -> argparse.ArgumentParser:
     )
     names = ", ".join(device.name for device in KNOWN)
     parser.add_argument("--gpu", metavar="NAME", help=f"estimate for this device instead of this machine's: {names}")
-    parser.add_argument("--memory", type=float, metavar="GIB", help="estimate for a device with so much memory")
+    parser.add_argument("--memory", type=_size, metavar="GIB", help="estimate for a device with so much memory")
     parser.add_argument("--devices", type=_count, metavar="N", help="a node; default trainer.devices")
     parser.add_argument("--num-nodes", type=_count, metavar="N", help="default trainer.num_nodes")
     parser.add_argument("--length", type=_count, metavar="TOKENS", help="of the longest sample (GRPO: prompt)")
@@ -62,6 +63,16 @@ def _count(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
     return int(text)
+
+
+def _size(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from error
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size in GiB, more than 0")
+    return value
 
 
 def _share(text: str) -> float:

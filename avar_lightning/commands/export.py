@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from transformers.utils import is_torchvision_available
+
 from avar_lightning.export import ExportConfig, export
 
 
@@ -56,3 +58,5 @@ def _export(options: dict[str, Any]) -> None:
     )
     if options["merge"]:
         print(f"serve    vllm serve {done.folder}\n         transformers serve {done.folder}")
+        if not is_torchvision_available():
+            print("         (where torchvision is installed, which many families' AutoProcessor asks for)")
