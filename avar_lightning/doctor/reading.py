@@ -184,7 +184,10 @@ def _kept(trainer: Namespace) -> int:
     for callback in trainer.callbacks or []:
         if issubclass(_class(callback.class_path), ModelCheckpoint):
             own = callback.init_args
-            return max(int(own.get("save_top_k", 1)), 0) + bool(own.get("save_last")) + 1
+            best, last = max(int(own.get("save_top_k", 1)), 0), own.get("save_last")
+            # The newest is among those that are kept, unless these are the best; then a link is no more to it.
+            takes_none = last == "link" and best > 0 and own.get("monitor") is None
+            return best + (bool(last) and not takes_none) + 1
     return 2
 
 

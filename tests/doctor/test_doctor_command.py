@@ -54,6 +54,7 @@ def test_the_demo_is_measured_on_its_own_samples(tmp_path, monkeypatch):
     found = diagnose(DoctorConfig([SFT]))
     assert found.plan.lengths.source == "measured on 32 samples"
     assert (found.shape.num_parameters, found.plan.batch_size) == (1_342_752, 16)
+    assert found.plan.kept_checkpoints == 2  # the newest, to which `last` leads, and the next one
     assert found.timing.updates == 300
     assert not found.problems
     assert not list(tmp_path.iterdir())  # nothing was written
