@@ -48,7 +48,7 @@ def test_something_whole_is_there_after_every_kill(write, tmp_path, options, pro
         before = look_into(last).extra["global_step"] if last.exists() else 0
         began = time.time()
         started = start(shards, folder, *options, *(["--resume", last] if last.exists() else []), processes=processes)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not (last.exists() and last.stat().st_mtime > began) and time.monotonic() < deadline:
             time.sleep(0.05)
         time.sleep(rng.uniform(0.0, 2.0))
