@@ -186,6 +186,7 @@ def options(args: argparse.Namespace, folder: Path, case: str) -> list[str]:
         *("--trainer.max_steps", str(updates), "--trainer.logger", "false", "--trainer.callbacks", "[]"),
         *("--trainer.enable_checkpointing", "false", "--trainer.limit_val_batches", "0"),
         *("--trainer.enable_progress_bar", "false", "--trainer.val_check_interval", "1000"),
+        *("--trainer.default_root_dir", str(folder)),
         *("--model.init_args.vlm.pretrained", str(folder / "model"), "--model.init_args.vlm.from_scratch", "true"),
         *("--data", "avar_lightning.data.ShardDataModule", "--data.init_args.train", str(folder / "shards")),
         *("--data.init_args.batch_size", str(args.batch), "--data.init_args.num_workers", "0"),
