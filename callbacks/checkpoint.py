@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 
 from avar_lightning.checkpoints import beside, put, recover, remove, room_for, sweep
 
@@ -20,9 +21,13 @@ class Checkpoint(ModelCheckpoint):
     is due between two updates waits for the next one, since gradients that are being accumulated are not kept. A run
     that goes on in another folder knows the best checkpoints of the folder before, and leaves them there.
     `ckpt_path: last` is the newest of all versions of this run.
+
+    With `save_last: link`, `last.ckpt` leads to the newest checkpoint at any moment, and takes space of its own only
+    where the newest is none of the best.
     """
 
     _due = False
+    _asked: int | None = None  # the step at which a checkpoint was last due
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the folder, and tidy up what was left there."""
@@ -71,7 +76,24 @@ class Checkpoint(ModelCheckpoint):
         trainer.strategy.barrier()
         self._last_checkpoint_saved = filepath
 
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        self._asked = trainer.global_step
+        if self.save_last == "link" and not self.last_model_path:
+            # Whoever goes on from what is saved now is to know this name as its own.
+            path = self.format_checkpoint_name(monitor_candidates, self.CHECKPOINT_NAME_LAST)
+            self.last_model_path = "" if self.file_exists(path, trainer) else path
+        super()._save_topk_checkpoint(trainer, monitor_candidates)
+
+    def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        if self.save_last == "link" and self._last_global_step_saved != trainer.global_step:
+            if self._last_checkpoint_saved and self._asked != trainer.global_step:
+                return
+            self._last_checkpoint_saved = ""  # the newest is none of the best, so there is nothing to lead to
+        super()._save_last_checkpoint(trainer, monitor_candidates)
+
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        if self.save_last == "link" and os.path.islink(self.last_model_path) and self._last_checkpoint_saved:
+            self._link_checkpoint(trainer, self._last_checkpoint_saved, self.last_model_path)
         if "://" in filepath:
             super()._remove_checkpoint(trainer, filepath)
         elif trainer.is_global_zero:
