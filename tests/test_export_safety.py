@@ -1,12 +1,15 @@
 """What `avar export` leaves when something goes wrong, and where it finds what a run has saved."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from avar_lightning.commands import main
 from avar_lightning.export import ExportConfig, export, exporting, sources, write_folder
+from avar_lightning.export.card import model_card
 from avar_lightning.model import load_model
 from avar_lightning.processing import load_processor
 from tests.breaking import killed
@@ -99,3 +102,18 @@ def test_the_best_checkpoint_may_lie_in_an_earlier_version(tmp_path):
     (moved.joinpath(*parts)).unlink()
     with pytest.raises(FileNotFoundError, match="use --pick last"):
         sources._of_run(moved / "version_1", "auto")
+
+
+def test_a_card_names_no_folder_of_its_author(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = {"vlm": {"pretrained": "/home/ann/models/base"}, "rewards": [{"function": "~/mine.py"}], "lr": 1e-3}
+    about = {"adapters": True, "run": None, "settings": settings}
+    for base in ("runs/hf", "/home/ann/models/hf", "~/models/hf", "../runs/hf"):
+        Path("runs/hf").mkdir(parents=True, exist_ok=True)
+        card = model_card("A name", base=base, **about)
+        assert "base_model" not in yaml.safe_load(card.split("---")[1])
+        assert not any(part in card for part in ("/home", "~/", "runs", "ann"))
+        assert "`hf`" in card
+    card = model_card("A name", base="Qwen/Qwen2.5-VL-7B-Instruct", **about)
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == "Qwen/Qwen2.5-VL-7B-Instruct"
+    assert 'from_pretrained("Qwen/Qwen2.5-VL-7B-Instruct"' in card

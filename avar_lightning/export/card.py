@@ -39,7 +39,8 @@ def model_card(name: str, *, base: str, adapters: bool, run: Path | None, settin
         run: Folder of the training run, for its measurements.
         settings: Configuration of the training module, as checkpoints keep it.
     """
-    on_hub = base.count("/") == 1 and not base.startswith((".", "/", "~"))
+    on_hub = base.count("/") == 1 and not base.startswith((".", "/", "~")) and not Path(base).exists()
+    base = base if on_hub else Path(base).name
     metadata: dict[str, Any] = {"library_name": "peft" if adapters else "transformers"}
     metadata |= {"pipeline_tag": "image-text-to-text", "tags": ["visual-attention", "avar", "pytorch-lightning"]}
     if on_hub:
@@ -47,7 +48,7 @@ def model_card(name: str, *, base: str, adapters: bool, run: Path | None, settin
     what = "Adapters (PEFT) for" if adapters else "Fine-tuned from"
     parts = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
-        f"# {name}\n\n{what} `{base if on_hub else Path(base).name}` with avar_lightning: {_method(settings)}.",
+        f"# {name}\n\n{what} `{base}` with avar_lightning: {_method(settings)}.",
         *_measured(run),
         *_settings(settings, run),
         _usage(base, adapters),
@@ -108,10 +109,19 @@ def _number(value: float | None) -> str:
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what is unset, in types that YAML writes."""
+    """Without what is unset and where files of the author lie, in types that YAML writes."""
     kept = {name: value for name, value in settings.items() if value is not None}
-    found: dict[str, Any] = json.loads(json.dumps(kept, default=str))
+    found: dict[str, Any] = _without_paths(json.loads(json.dumps(kept, default=str)))
     return found
+
+
+def _without_paths(value: Any) -> Any:
+    """The same with names for absolute paths."""
+    if isinstance(value, dict):
+        return {name: _without_paths(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(inner) for inner in value]
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
 
 
 def _usage(base: str, adapters: bool) -> str:
