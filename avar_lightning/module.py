@@ -99,8 +99,8 @@ class VLMModule(L.LightningModule):
         self.accuracy = MeanMetric()
         self.seed = 0  # of what is random in training, beside that of `seed_everything`
         self._pace: float | None = None  # of the run that is resumed
-        self.shapes: dict[str, torch.Size] = {}  # of what checkpoints hold; empty until the model is there
-        self.trained: list[str] = []
+        self._shapes: dict[str, torch.Size] = {}  # of what checkpoints hold; empty until the model is there
+        self._trained: list[str] = []
 
     def save_configuration(self, **own: Any) -> None:
         """Keep the configuration in checkpoints, as plain types."""
@@ -117,8 +117,8 @@ class VLMModule(L.LightningModule):
             self.vectors = {name for name, parameter in self.named_parameters() if parameter.ndim < 2}
             # So are shapes, by which checkpoints are known.
             absent = self._base_names() if self.vlm.quantization else set()
-            self.shapes |= {plain_name(n): each.shape for n, each in self.state_dict().items() if n not in absent}
-            self.trained += [plain_name(n) for n, parameter in self.named_parameters() if parameter.requires_grad]
+            self._shapes |= {plain_name(n): each.shape for n, each in self.state_dict().items() if n not in absent}
+            self._trained += [plain_name(n) for n, parameter in self.named_parameters() if parameter.requires_grad]
 
     def load(self) -> Any:
         """The model as the strategy wants it: whole, or shared among processes, of which one alone reads it."""
@@ -189,7 +189,7 @@ class VLMModule(L.LightningModule):
         """Take the data's processor, whose limits on pixels are those that the exported model needs."""
         self.processor = getattr(getattr(self.trainer, "datamodule", None), "processor", self.processor)
         use_whole_files(self.trainer)
-        refuse_unfit(self.trainer, self.shapes, self.trained)
+        refuse_unfit(self.trainer, self._shapes, self._trained)
 
     def on_train_start(self) -> None:
         """Go on at the learning rate that belongs to the place in the data."""
