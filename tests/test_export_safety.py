@@ -12,6 +12,7 @@ from avar_lightning.export import ExportConfig, export, exporting, sources, writ
 from avar_lightning.export.card import model_card
 from avar_lightning.model import load_model
 from avar_lightning.processing import load_processor
+from avar_lightning.sharding import save_weights
 from tests.breaking import killed
 
 
@@ -86,6 +87,23 @@ def test_a_folder_that_a_kill_left_without_its_name_gets_it_back(tmp_path, monke
         assert contents(place) == before
     write_folder(place, Text("last"), Text("last"), card="last")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+class Weights(Text, torch.nn.Module):
+    """The same for what must be a module."""
+
+    def __init__(self, text):
+        torch.nn.Module.__init__(self)
+        self.text = text
+
+
+def test_weights_for_a_sampler_stay_whole_when_new_ones_cannot_be_written(tmp_path):
+    save_weights(Weights("first"), tmp_path / "sync")
+    before = contents(tmp_path / "sync")
+    with pytest.raises(TypeError):
+        save_weights(Weights(None), tmp_path / "sync")
+    assert contents(tmp_path / "sync") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["sync"]
 
 
 def test_the_best_checkpoint_may_lie_in_an_earlier_version(tmp_path):
