@@ -82,6 +82,9 @@ def load_sharded(
     _share_buffers(model, source, device)
     if source is not None:
         find_vlm(model).generation_config = find_vlm(source).generation_config
+        # How names in files become names in the model, which saving turns back.
+        conversions: Any = getattr(find_vlm(source), "_weight_conversions", None)
+        find_vlm(model)._weight_conversions = conversions  # type: ignore[assignment]
     _share_settings(model)
     return model.eval()
 
