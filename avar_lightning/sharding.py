@@ -84,7 +84,7 @@ def load_sharded(
         find_vlm(model).generation_config = find_vlm(source).generation_config
         # How names in files become names in the model, which saving turns back.
         conversions: Any = getattr(find_vlm(source), "_weight_conversions", None)
-        find_vlm(model)._weight_conversions = conversions  # type: ignore[assignment]
+        find_vlm(model)._weight_conversions = conversions
     _share_settings(model)
     return model.eval()
 
