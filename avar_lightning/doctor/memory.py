@@ -106,10 +106,8 @@ def _moments(shape: Shape, plan: Plan, device: Device) -> dict[str, dict[str, fl
     shared = _shared(shape, plan, size)
     if plan.strategy == "ddp":  # buckets hold every gradient a second time
         shared["gradient buckets"] = gradients
-    if plan.guidance:
-        shared["blocks of attention masses"] = 3.0 * BLOCK_BYTES["cpu" if device.is_cpu else "cuda"]
     moments = {
-        **{name: parts | shared for name, parts in _learning(shape, plan, size, gradients).items()},
+        **{name: parts | shared for name, parts in _learning(shape, plan, size, gradients, device).items()},
         # PyTorch's AdamW takes all parameters at once on accelerators, with one more copy for its denominators.
         "in the optimiser's step": {"gradients": gradients, "copies of AdamW": 0.0 if device.is_cpu else gradients},
     }
@@ -118,40 +116,48 @@ def _moments(shape: Shape, plan: Plan, device: Device) -> dict[str, dict[str, fl
     return {name: {item: value for item, value in parts.items() if value} for name, parts in moments.items()}
 
 
-def _learning(shape: Shape, plan: Plan, size: Bytes, gradients: float) -> dict[str, dict[str, float]]:
+def _learning(shape: Shape, plan: Plan, size: Bytes, gradients: float, device: Device) -> dict[str, dict[str, float]]:
     """Where a forward's activations are all there and no gradient is, and where it is the other way round."""
     rows = Rows.of(plan, shape)
     kept, largest = _kept(shape, plan, size, rows)
-    logits = logit_bytes(shape, plan, rows)
+    logits, blocks = logit_bytes(shape, plan, rows), _mass_blocks(shape, plan, rows, device)
     head = float(shape.head.fan_in * shape.head.fan_out * shape.head.trains)
     is_shared = plan.is_sharded and plan.shards > 1
     whole_head = head * (size.compute if is_shared and plan.is_mixed else size.weights)
     several = plan.accumulate > 1 or (plan.rollout is not None and _micro_batches(plan) > 1)
+    # Logits are there when no layer works, and a layer works when no logits are there.
+    layer = largest if shape.checkpointing else 0.0
     turn = {
         "activations": sum(kept),
         "logits": logits,
+        "a layer at work, where that is more": max(0.0, layer + blocks - logits),
         "gradients": gradients if several else min(gradients, head * size.weights / plan.shards),
         "weights in low precision": _casts(shape, plan),
     }
+    # The second gradient of tied embeddings is made once every layer is done.
+    tied = 0.0 if "head" in shape.parts else whole_head
+    work = (layer or max(kept, default=0.0)) + blocks + largest / 2
     end = {
         "gradients": gradients,
-        "one layer computed again" if shape.checkpointing else "activations of one layer": (
-            largest if shape.checkpointing else max(kept, default=0.0)
-        ),
-        "gradients of activations": largest / 2,
+        "one layer and its gradients": work,
+        "gradient of tied embeddings, where that is more": max(0.0, tied - work),
     }
-    if shape.checkpointing:  # the last layer is computed again once the logits are gone
-        turn["one layer computed again"] = max(0.0, largest - logits)
     if is_shared:
         turn["gradient of the head before it is shared"] = whole_head
-        end["gradients of what is no layer before they are shared"] = _outside(shape, trained=True) * _reduced(
-            plan, size
-        )
+        outside = _outside(shape, trained=True) * _reduced(plan, size)
+        end["gradients of what is no layer before they are shared"] = float(outside)
     if plan.scoring.kernel != "whole" and scored_rows(plan, rows) > plan.scoring.chunk_size:
         turn["gradient of the head, once more"] = whole_head
-    if "head" not in shape.parts:
-        end["gradient of the tied embeddings, once more"] = whole_head
     return {"between forward and backward": turn, "at the end of the backward": end}
+
+
+def _mass_blocks(shape: Shape, plan: Plan, rows: Rows, device: Device) -> float:
+    """Three blocks of probabilities, which recorded attention works through: all at once where they are few."""
+    if plan.guidance is None:
+        return 0.0
+    heads = max((block.num_heads for block in shape.blocks_of("language")), default=0)
+    everything = 4.0 * rows.sequences * heads * rows.guided * rows.length
+    return 3.0 * min(everything, BLOCK_BYTES["cpu" if device.is_cpu else "cuda"])
 
 
 def _kept(shape: Shape, plan: Plan, size: Bytes, rows: Rows) -> tuple[list[float], float]:
