@@ -101,6 +101,7 @@ def test_a_run_that_does_not_fit_exits_with_one_and_says_what_to_add(capsys):
     assert "add --data.init_args.batch_size 1 --trainer.accumulate_grad_batches 256." in streams.err
 
 
+@pytest.mark.slow
 def test_hardware_that_is_named_decides(capsys):
     assert main(["doctor", SFT, *SAID, "--gpu", "H100 80GB", "--devices", "8", "--num-nodes", "2"]) == 0
     out = capsys.readouterr().out
@@ -117,7 +118,11 @@ def test_hardware_that_is_named_decides(capsys):
         (["--gpu", "Voodoo 2"], "is not known, expected one of"),
         (["--gpu", "A100"], "may be A100 80GB, A100 40GB"),
         (["--gpu", "L4", "--model.init_args.vlm.pretrained=Qwen/none"], "hf download Qwen/none config.json"),
-        (["--trainer.accelerator=gpu", FLASH], "trainer.accelerator is gpu, and cuda is not to be had here"),
+        pytest.param(
+            ["--trainer.accelerator=gpu", FLASH],
+            "trainer.accelerator is gpu, and cuda is not to be had here",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_cannot_be_is_one_sentence(options, sentence, capsys):
@@ -128,7 +133,9 @@ def test_what_cannot_be_is_one_sentence(options, sentence, capsys):
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("options", [["--gpuu", "L4"], ["--devices", "0"], ["--utilisation", "2"]])
+@pytest.mark.parametrize(
+    "options", [pytest.param(["--gpuu", "L4"], marks=pytest.mark.slow), ["--devices", "0"], ["--utilisation", "2"]]
+)
 def test_wrong_usage_is_status_two(options):
     with pytest.raises(SystemExit, match="2"):
         main(["doctor", SFT, *options])

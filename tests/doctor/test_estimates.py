@@ -159,7 +159,9 @@ def test_the_peak_of_a_step_is_estimated_within_a_third_with_and_without_checkpo
         assert rest(memory(step.shape, step.plan, CPU)) / step.peak() == pytest.approx(1, abs=0.33)
 
 
-@pytest.mark.parametrize("how", ["plain", "checkpointed", "vision frozen", "language frozen", "whole"])
+@pytest.mark.parametrize(
+    "how", ["plain", "checkpointed", "vision frozen", pytest.param("language frozen", marks=pytest.mark.slow), "whole"]
+)
 def test_operations_are_those_that_torch_counts(how):
     model = small()
     if how == "checkpointed":
