@@ -38,9 +38,9 @@ def exact(write, tmp_path, options, points, samples=SAMPLES):
         assert cut == whole[-len(cut) :], f"from step {point}"
 
 
-def test_epochs_resume_in_their_middle_and_at_their_end(write, tmp_path):
+def test_epochs_resume_in_their_middle(write, tmp_path):
     """Limited by epochs, Lightning itself forgets the position in the data; adapters drop out at random."""
-    exact(write, tmp_path, ["--lora", "--max-epochs", 2], (2, 4), samples=16)
+    exact(write, tmp_path, ["--lora", "--max-epochs", 2], (2,), samples=16)
 
 
 @pytest.mark.slow
