@@ -23,13 +23,8 @@ def launch(folder, cases):
 
 
 @pytest.fixture(scope="module")
-def default(tmp_path_factory):
-    return launch(tmp_path_factory.mktemp("default"), training.CASES)
-
-
-@pytest.fixture(scope="module")
-def slow(tmp_path_factory):
-    return launch(tmp_path_factory.mktemp("slow"), training.SLOW_CASES)
+def folder(tmp_path_factory):
+    return launch(tmp_path_factory.mktemp("cases"), training.CASES)
 
 
 def compare(folder, name, case):
@@ -78,13 +73,8 @@ def _same(found, expected, near):
     return math.isclose(found, expected, rel_tol=near, abs_tol=1e-6) or (math.isnan(found) and math.isnan(expected))
 
 
-@pytest.mark.parametrize("name", training.CASES)
-def test_two_processes_are_one(default, name):
-    compare(default, name, training.CASES[name])
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1000)  # the first one trains them all
-@pytest.mark.parametrize("name", training.SLOW_CASES)
-def test_two_processes_are_one_in_every_way(slow, name):
-    compare(slow, name, training.SLOW_CASES[name])
+@pytest.mark.parametrize("name", training.CASES)
+def test_two_processes_are_one(folder, name):
+    compare(folder, name, training.CASES[name])

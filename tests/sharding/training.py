@@ -76,8 +76,6 @@ CASES = {
     "published": Case(answers=5),
     "adapters": Case(form="hinge", lora=True, checkpointing=True, clip=0.01),
     "grpo": Case(form="none", kind="grpo", images=2),
-}
-SLOW_CASES = {
     "ddp": Case("ddp", form="share"),
     "no_images": Case(images=0),
     "fsdp1": Case("fsdp1", form="hinge", images=3, answers=5),
@@ -225,7 +223,7 @@ def prepare(folder, cases):
 def main(folder, names):
     torch.set_num_threads(1)
     for name in names:
-        found = train((CASES | SLOW_CASES)[name], folder, 2)
+        found = train(CASES[name], folder, 2)
         torch.save(found, folder / f"{name}_{torch.distributed.get_rank()}.pt")
 
 
