@@ -230,8 +230,12 @@ class VLMModule(L.LightningModule):
 
     def mean_over_processes(self, values: Tensor) -> Tensor:
         """Mean of a tensor over the processes, without a gradient; a collective call."""
-        mean: Any = self.trainer.strategy.reduce(values.detach().clone(), reduce_op="mean")
-        return mean
+        return self.over_processes(values, "mean")
+
+    def over_processes(self, values: Tensor, how: str) -> Tensor:
+        """The `sum`, `mean` or `max` of a tensor over the processes, without a gradient; a collective call."""
+        reduced: Any = self.trainer.strategy.reduce(values.detach().clone(), reduce_op=how)
+        return reduced
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """LM loss of the reference responses, and accuracy of generated ones."""

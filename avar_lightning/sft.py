@@ -16,7 +16,6 @@ from avar_lightning.guidance import GamingMonitor, GuidanceConfig, GuidanceOutpu
 from avar_lightning.model import VLMConfig
 from avar_lightning.module import OptimizerConfig, VLMModule, as_config
 from avar_lightning.scoring import ScoringConfig
-from avar_lightning.sharding import clip_gradients
 
 # Logged batches in a row without a sample to guide after which the run stops.
 PATIENCE = 10
@@ -115,6 +114,6 @@ class SFTModule(VLMModule):
         sharded = getattr(self.trainer.strategy, "model", None)
         if isinstance(sharded, FullyShardedDataParallel) and gradient_clip_algorithm in (None, "norm"):
             if gradient_clip_val:
-                clip_gradients(self.parameters(), sharded, gradient_clip_val)
+                sharded.clip_grad_norm_(gradient_clip_val)
             return
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)

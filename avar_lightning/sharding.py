@@ -74,18 +74,17 @@ def load_sharded(
     source = load() if dist.get_rank() == 0 else None
     model = load(on_meta=True)
     shard(model, mesh, dtype=dtype, offload=offload)
-    device = torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
+    device = _device(mesh.device_type)
     model.to_empty(device="cpu" if offload else device)
     find_vlm(model).tie_weights()  # new parameters are no longer those of two modules
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=offload, strict=True)
     set_model_state_dict(model, source.state_dict() if source is not None else {}, options=options)
     _share_buffers(model, source, device)
     if source is not None:
-        find_vlm(model).generation_config = find_vlm(source).generation_config
         # How names in files become names in the model, which saving turns back.
         conversions: Any = getattr(find_vlm(source), "_weight_conversions", None)
         find_vlm(model)._weight_conversions = conversions
-    _share_settings(model)
+    _share_settings(model, source)
     return model.eval()
 
 
@@ -109,20 +108,24 @@ def load_for_fsdp1(
     if len(list(blank.named_parameters())) < len(list(blank.named_parameters(remove_duplicate=False))):
         return load()
     strategy.kwargs |= {"sync_module_states": True, "param_init_fn": _materialise}
-    model = load() if dist.get_rank() == 0 else blank
-    _share_settings(model)
+    source = load() if dist.get_rank() == 0 else None
+    model = blank if source is None else source
+    _share_settings(model, source)
     return model
 
 
 def _materialise(module: nn.Module) -> None:
     if any(tensor.is_meta for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]):
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
-        module.to_empty(device=device, recurse=False)
+        module.to_empty(device=_device("cuda" if torch.cuda.is_available() else "cpu"), recurse=False)
 
 
-def _share_settings(model: nn.Module) -> None:
+def _device(kind: str) -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
+def _share_settings(model: nn.Module, source: nn.Module | None) -> None:
     """Give what a checkpoint says of generation to processes that built the model from its configuration alone."""
-    settings: list[Any] = [find_vlm(model).generation_config]
+    settings: list[Any] = [None if source is None else find_vlm(source).generation_config]
     dist.broadcast_object_list(settings, src=0)
     find_vlm(model).generation_config = settings[0]
 
@@ -134,8 +137,9 @@ def _share_buffers(model: nn.Module, source: nn.Module | None, device: torch.dev
         for name, buffer in module._buffers.items():
             if buffer is None:
                 continue
-            own = theirs[f"{prefix}.{name}" if prefix else name].to(device) if theirs else None
-            own = torch.empty_like(buffer, device=device) if own is None else own.clone()
+            own = torch.empty_like(buffer, device=device)
+            if theirs:
+                own.copy_(theirs[f"{prefix}.{name}" if prefix else name])
             dist.broadcast(own, src=0)
             module._buffers[name] = own
 

@@ -428,8 +428,7 @@ class GRPOModule(VLMModule):
 
     def _over_processes(self, values: Sequence[float], how: str) -> list[float]:
         tensor = torch.tensor(list(values), dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
-        reduced: Any = self.trainer.strategy.reduce(tensor.to(self.device), reduce_op=how)
-        return [float(value) for value in reduced]
+        return self.over_processes(tensor.to(self.device), how).tolist()
 
     def _without_sync(self, yes: bool) -> AbstractContextManager[Any]:
         """Keep gradients to this process until the last part of an update."""
