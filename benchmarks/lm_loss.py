@@ -13,11 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import about, as_cell, as_columns, in_process, peak_of, synchronize, write
+from measuring import about, as_cell, as_columns, in_process, parser_of, peak_of, synchronize, write
 from transformers import PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from avar_lightning.losses.liger import has_liger
@@ -121,17 +120,12 @@ def table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
 
 def parse() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048], help="tokens")
     parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.25], help="of tokens that carry a label")
     parser.add_argument("--words", type=int, default=151_936, help="size of the vocabulary")
     parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=5, help="timed rounds")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

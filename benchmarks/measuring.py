@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import platform
@@ -62,6 +63,17 @@ def status_kib(name: str) -> int:
     """One field of /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
+
+
+def parser_of(description: str) -> argparse.ArgumentParser:
+    """Options of a benchmark that measures each thing in a process of its own (`in_process`)."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5, help="timed rounds")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    return parser
 
 
 def in_process(what: str) -> Any:
