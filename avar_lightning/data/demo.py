@@ -276,7 +276,14 @@ def _conversation(user: str, response: str, *, picture: bool) -> list[dict[str, 
 
 
 def demo_samples(
-    count: int, *, style: Style, hint_rate: float, seed: int, split: str, tasks: Sequence[Task] = TASKS
+    count: int,
+    *,
+    style: Style,
+    hint_rate: float,
+    seed: int,
+    split: str,
+    tasks: Sequence[Task] = TASKS,
+    pictures: bool = True,
 ) -> Iterator[Sample]:
     """Questions with notes; the columns tell `task`, `style`, the `note` and whether it is right (`note_right`).
 
@@ -286,8 +293,9 @@ def demo_samples(
             it has a choice to make.
         hint_rate: Probability in [0, 1] that the note is right.
         seed: Same seed and split, same samples, whatever `count` and `style`.
-        split: Name that separates streams (`"train"`, `"val"`); part of the ids.
+        split: Name that separates streams (`"train"`, `"val"`, `"test"`); part of the ids.
         tasks: Which questions are asked.
+        pictures: Whether the scene is shown; if not, its description stands before the question.
     """
     for index in range(count):
         rng = random.Random(f"{seed}/{split}/{index}")
@@ -297,10 +305,12 @@ def demo_samples(
         note = problem.answer if hint_right else rng.choice(problem.wrong)
         user = f"{problem.question} Note: it may be {note}."
         image = problem.scene.draw(rng)
+        if not pictures:
+            user = f"{problem.scene.describe()} {user}"
         response = respond(problem, note, rng.choice(STYLES) if style == "mixed" else style)
         yield Sample(
-            messages=_conversation(user, response, picture=True),
-            images=[image],
+            messages=_conversation(user, response, picture=pictures),
+            images=[image] if pictures else [],
             answer=problem.answer,
             id=f"{split}-{index:06d}",
             source=f"demo/{split}",

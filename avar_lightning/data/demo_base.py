@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -30,6 +31,18 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
+Size = Literal["base", "small"]
+# Text and vision settings that differ; 1.3 and 0.5 million parameters.
+SIZES: dict[Size, tuple[dict[str, Any], dict[str, Any]]] = {
+    "base": (
+        {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "mrope_section": [4, 6, 6]},
+        {"hidden_size": 96, "intermediate_size": 256},
+    ),
+    "small": (
+        {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "mrope_section": [4, 4, 4]},
+        {"hidden_size": 64, "intermediate_size": 160},
+    ),
+}
 MARKUP_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
 # The turn structure of Qwen2.5-VL: a default system turn, images wrapped in vision markers.
 CHAT_TEMPLATE = """\
@@ -94,29 +107,28 @@ def _demo_texts(seed: int, count: int = 1000) -> Iterator[str]:
                 yield from (part["text"] for part in parts if "text" in part)
 
 
-def build_config(processor: ProcessorMixin) -> Qwen2_5_VLConfig:
-    """A Qwen2.5-VL of about one million parameters for `processor`'s vocabulary."""
+def build_config(processor: ProcessorMixin, *, size: Size = "base") -> Qwen2_5_VLConfig:
+    """A Qwen2.5-VL of about one million parameters for `processor`'s vocabulary, or one of less than half as many."""
     token_id = processor.tokenizer.convert_tokens_to_ids
+    text_size, vision_size = SIZES[size]
+    # Dimensions of a head's half that turn with time, height and width; together half of a head.
+    mrope_section = text_size["mrope_section"]
     text = {
+        **{name: value for name, value in text_size.items() if name != "mrope_section"},
         "vocab_size": len(processor.tokenizer),
-        "hidden_size": 128,
-        "intermediate_size": 352,
-        "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 1024,
-        # Dimensions of a head's half that turn with time, height and width: 16 = head size 32 / 2.
-        "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10_000.0},
+        "rope_parameters": {"rope_type": "default", "mrope_section": mrope_section, "rope_theta": 10_000.0},
         "bos_token_id": None,
         "eos_token_id": token_id("<|im_end|>"),
         "pad_token_id": token_id("<|endoftext|>"),
     }
     vision = {
+        **vision_size,
         "depth": 2,
-        "hidden_size": 96,
-        "intermediate_size": 256,
         "num_heads": 4,
-        "out_hidden_size": 128,
+        "out_hidden_size": text_size["hidden_size"],
         "patch_size": 14,
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
@@ -134,12 +146,12 @@ def build_config(processor: ProcessorMixin) -> Qwen2_5_VLConfig:
     )
 
 
-def write_blank_base(folder: str | Path, *, seed: int = 0) -> Path:
+def write_blank_base(folder: str | Path, *, seed: int = 0, size: Size = "base") -> Path:
     """Write processor and configuration, without weights, to `folder`; returns the folder."""
     folder = Path(folder)
     processor = build_processor(seed=seed)
     processor.save_pretrained(folder)
-    build_config(processor).save_pretrained(folder)
+    build_config(processor, size=size).save_pretrained(folder)
     return folder
 
 
@@ -149,5 +161,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="where to write the tokenizer, processor and configuration")
     parser.add_argument("--seed", type=int, default=0, help="seed of the text that the tokenizer is trained on")
+    parser.add_argument("--size", choices=list(SIZES), default="base", help="of the model")
     arguments = parser.parse_args()
-    print(write_blank_base(arguments.folder, seed=arguments.seed))
+    print(write_blank_base(arguments.folder, seed=arguments.seed, size=arguments.size))

@@ -22,9 +22,11 @@ class DemoDataModule(ShardDataModule):
             reference responses of validation are `anchored` for `mixed`, `direct` for these stages.
         num_train: Training samples.
         num_val: Validation samples.
+        num_test: Test samples, written when a test asks for them. Nothing that ships was chosen by them.
         train_tasks: Questions of the training samples; every kind when unset. Stages of pretraining have their own.
         train_hint_rate: Probability that the note in a training question is right.
-        val_hint_rate: Probability that the note in a validation question is right.
+        train_pictures: Whether training questions show their scene; if not, they describe it in words.
+        val_hint_rate: Probability that the note in a validation or test question is right.
         world_seed: Of the samples; `seed` is that of their order.
         processor: Name or folder of the model whose processor encodes the samples, or a processor.
         batch_size: Samples a training batch and process.
@@ -39,8 +41,10 @@ class DemoDataModule(ShardDataModule):
         style: Style | Stage = "anchored",
         num_train: int = 6000,
         num_val: int = 200,
+        num_test: int = 400,
         train_tasks: list[Task] | None = None,
         train_hint_rate: float = 0.8,
+        train_pictures: bool = True,
         val_hint_rate: float = 0.25,
         world_seed: int = 0,
         processor: Any = "demo",
@@ -50,20 +54,24 @@ class DemoDataModule(ShardDataModule):
         **kwargs: Any,
     ) -> None:
         root = Path(folder) / f"world-{WORLD_VERSION}"
-        self.num_train, self.num_val, self.world_seed, self.style = num_train, num_val, world_seed, style
+        self.num_train, self.num_val, self.num_test, self.world_seed = num_train, num_val, num_test, world_seed
+        self.style, self.train_pictures = style, train_pictures
         self.train_hint_rate, self.val_hint_rate = train_hint_rate, val_hint_rate
         self.train_tasks = tuple(train_tasks or TASKS)
         if unknown := set(self.train_tasks) - set(TASKS):
             raise ValueError(f"train_tasks has {sorted(unknown)}, expected some of {', '.join(TASKS)}.")
         kinds = "" if self.train_tasks == TASKS else f"-{'-'.join(self.train_tasks)}"
+        kinds += "" if train_pictures else "-text"
         self.train_folder = root / f"train-{style}{kinds}-{num_train}-notes-{train_hint_rate}-seed-{world_seed}"
         reference: dict[Style | Stage, Style] = {"see": "direct", "read": "direct", "mixed": "anchored"}
         self.val_style: Style = reference.get(style, style)  # type: ignore[arg-type]
-        self.val_folder = root / f"val-{self.val_style}-{num_val}-notes-{val_hint_rate}-seed-{world_seed}"
+        held_out = f"{self.val_style}-{{}}-notes-{val_hint_rate}-seed-{world_seed}"
+        self.val_folder = root / f"val-{held_out.format(num_val)}"
+        self.test_folder = root / f"test-{held_out.format(num_test)}"
         super().__init__(
             train=str(self.train_folder),
             val=str(self.val_folder),
-            test=str(self.val_folder),
+            test=str(self.test_folder),
             predict=str(self.val_folder),
             processor=processor,
             batch_size=batch_size,
@@ -73,7 +81,7 @@ class DemoDataModule(ShardDataModule):
         )
 
     def prepare_data(self) -> None:
-        """Write the shards that are not there; one process does it."""
+        """Write the shards that are not there and are needed now; without a Trainer, all. One process does it."""
         seed = self.world_seed
         train: Iterable[Sample]
         if self.style == "see" or self.style == "read":
@@ -86,9 +94,18 @@ class DemoDataModule(ShardDataModule):
                 seed=seed,
                 split="train",
                 tasks=self.train_tasks,
+                pictures=self.train_pictures,
             )
-        val = demo_samples(self.num_val, style=self.val_style, hint_rate=self.val_hint_rate, seed=seed, split="val")
-        wanted = ((train, self.train_folder, self.num_train), (val, self.val_folder, self.num_val))
+        val, test = (
+            demo_samples(count, style=self.val_style, hint_rate=self.val_hint_rate, seed=seed, split=split)
+            for split, count in (("val", self.num_val), ("test", self.num_test))
+        )
+        wanted = [(train, self.train_folder, self.num_train), (val, self.val_folder, self.num_val)]
+        held_back = [(test, self.test_folder, self.num_test)]
+        if self.trainer is None:
+            wanted += held_back
+        elif self.trainer.testing:
+            wanted = held_back
         for samples, folder, count in wanted:
             if not (folder / MANIFEST).is_file():
                 write_shards(samples, folder, overwrite=True, progress=True, total=count)

@@ -38,6 +38,23 @@ def test_style_and_count_do_not_change_the_questions():
     assert [sample.fields() for sample in stream(20)] == [sample.fields() for sample in stream(50)][:20]
 
 
+def test_without_pictures_the_scene_stands_in_words():
+    for shown, told in zip(stream(), stream(pictures=False)):
+        question = shown.messages[1]["content"][-1]["text"]
+        (part,) = told.messages[1]["content"]
+        scene = part["text"].removesuffix(question)
+        assert shown.messages[2] == told.messages[2]
+        assert f"I look at the picture. {scene}I look again." in told.messages[2]["content"]
+        assert (len(shown.images), len(told.images)) == (1, 0)
+
+
+def test_splits_share_no_picture():
+    pictures = [
+        {sample.images[0].tobytes() for sample in stream(300, split=split)} for split in ("train", "val", "test")
+    ]
+    assert len(set().union(*pictures)) == sum(map(len, pictures))
+
+
 def test_tasks_have_equal_shares():
     assert Counter(sample.columns["task"] for sample in stream(100)) == dict.fromkeys(TASKS, 20)
 
