@@ -49,8 +49,10 @@ def test_without_pictures_the_scene_stands_in_words():
 
 
 def test_splits_share_no_picture():
+    tasks = [task for task in TASKS if task != "angle"]  # whose pictures are few enough to meet by chance
     pictures = [
-        {sample.images[0].tobytes() for sample in stream(300, split=split)} for split in ("train", "val", "test")
+        {sample.images[0].tobytes() for sample in stream(300, split=split, tasks=tasks)}
+        for split in ("train", "val", "test")
     ]
     assert len(set().union(*pictures)) == sum(map(len, pictures))
 
