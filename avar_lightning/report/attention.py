@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
-from avar_lightning.report.figure import format_number, heat_colours, index_ticks, needs_log_scale, new_figure
+from avar_lightning.report.figure import (
+    format_number,
+    group_style,
+    heat_colours,
+    index_ticks,
+    needs_log_scale,
+    new_figure,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -106,6 +113,62 @@ def plot_attention_shares(
         index_ticks(axes, "x", layers if layers is not None else range(num_layers))
         # Reversed, so that the legend reads from top to bottom as the bars do.
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, reverse=True)
+    return figure
+
+
+def plot_shares_by_layer(
+    groups: Mapping[str, Mapping[str, ArrayLike]],
+    *,
+    layers: Sequence[int] | None = None,
+    roles: Sequence[str] = ("system", "user", "image"),
+    title: str = "",
+) -> Figure:
+    """Draw the attention that roles get by layer, a panel a role and a line a group, for runs side by side.
+
+    Args:
+        groups: name of each group to its shares, role name to (L,) parts of 1 of one run, or (runs, L) of several,
+            for instance seeds, whose mean is the line and whose sample standard deviation the band.
+        layers: number of each layer; 0 … L-1 when not given.
+        roles: the panels.
+        title: heading of the picture.
+
+    Raises:
+        ValueError: there is no group, one lacks a role, or they differ in their number of layers.
+    """
+    lines = {
+        name: {role: 100 * np.atleast_2d(np.asarray(shares[role], dtype=float)) for role in roles if role in shares}
+        for name, shares in groups.items()
+    }
+    lacking = [(name, role) for name in lines for role in roles if role not in lines[name]]
+    if not lines or lacking:
+        raise ValueError(
+            f"groups has no {lacking[0] if lacking else 'group'}, expected the roles {list(roles)} of each."
+        )
+    depths = sorted({values.shape[-1] for shares in lines.values() for values in shares.values()})
+    if len(depths) > 1:
+        raise ValueError(f"groups have {depths} layers, expected as many in each.")
+    numbers = list(layers) if layers is not None else list(range(depths[0]))
+    with new_figure(2.0 + 3.0 * len(roles), 3.4 + 0.17 * math.ceil(len(lines) / 3)) as figure:
+        panels = np.atleast_1d(figure.subplots(1, len(roles), sharey=True))
+        for axes, role in zip(panels, roles, strict=True):
+            for index, (name, shares) in enumerate(lines.items()):
+                colour, marker, line = group_style(index)
+                mean = shares[role].mean(axis=0)
+                # So that one layer, or a crowd of lines, can be told apart too.
+                axes.plot(mean, color=colour, linestyle=line, marker=marker, markersize=4, markevery=0.12, label=name)
+                if len(shares[role]) > 1:
+                    spread = shares[role].std(axis=0, ddof=1)
+                    axes.fill_between(range(len(mean)), mean - spread, mean + spread, color=colour, alpha=0.18, lw=0)
+            axes.set(title=role, xlabel="layer", xlim=(-0.4, len(numbers) - 0.6))
+            axes.grid(color="#E5E5E5", linewidth=0.8)
+            index_ticks(axes, "x", numbers)
+        panels[0].set_ylabel("share of attention (%)")
+        panels[0].set_ylim(bottom=0)
+        if len(lines) > 1:
+            handles, labels = panels[0].get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     return figure
 
 

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 LOG_SCALE_RATIO = 30.0
 """Positive values that span more than this factor are drawn on a logarithmic scale."""
 
+GROUP_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's, without the yellow that white paper swallows."""
+_MARKERS, _LINES = "os^DvPX*", ("-", "--", "-.", ":")
+
 _STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -65,6 +69,17 @@ def render(figure: Figure) -> NDArray[np.uint8]:
     canvas: Any = figure.canvas
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def group_style(index: int) -> tuple[str, str, str]:
+    """Colour, marker and line style of the group with this number; the first 28 differ also in print.
+
+    >>> group_style(0), group_style(8)
+    (('#0072B2', 'o', '-'), ('#D55E00', 's', '--'))
+    """
+    around = index // len(GROUP_COLOURS)
+    marker = _MARKERS[(index + around) % len(_MARKERS)]
+    return GROUP_COLOURS[index % len(GROUP_COLOURS)], marker, _LINES[around % len(_LINES)]
 
 
 def needs_log_scale(values: ArrayLike) -> bool:
