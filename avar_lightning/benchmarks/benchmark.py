@@ -29,7 +29,7 @@ def own_id(columns: Columns) -> str:
 class Benchmark:
     """One benchmark, as its authors run it.
 
-    Everything but `draft` sees only columns, which travel in the shards; so scoring needs nothing of the original files.
+    Everything but `draft` sees only columns, which travel in the shards; so scoring needs none of the original files.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Benchmark:
     files: tuple[str, ...]
     """Globs of the reported split's files in a checkout of `hub`, relative to it; where none matches, to the folder."""
     draft: Callable[[Mapping[str, Any], ConvertConfig], Draft | None]
-    """A record as prompt, right answer and columns; None for one that is not part of the benchmark (another version)."""
+    """A record as prompt, right answer and columns; None for one that is no part of it (another version)."""
     extract: Callable[[str, Columns], str | None]
     """The answer in a response, by rules; None where rules find none."""
     score: Callable[[str, Columns], bool]
@@ -51,8 +51,9 @@ class Benchmark:
     read_judgement: Callable[[str, Columns], str | None]
     """The answer in a judge's reply; None where the response has none."""
     categories: tuple[str, ...] = ()
-    """Columns by which results are also given."""
+    """Columns by which results are also given; a sample whose column is a list counts under each of its items."""
     unit: Callable[[Columns], str] = own_id
     """What is drawn together in the bootstrap: samples that share a figure or a question group."""
     metrics: Callable[[Sequence[Row]], dict[str, float]] = mean_accuracy
-    """Figures of some rows, the headline first; values in [0, 1]."""
+    """Figures of some rows, the headline first; values in [0, 1]. Rows that a bootstrap draws several times carry
+    `draw`, a number of the draw, so that groups of rows (HallusionBench's figures) are formed within one draw."""
