@@ -36,6 +36,8 @@ class Benchmark:
     """Of `avar convert --benchmark`, and the column `benchmark` of its samples."""
     title: str
     """For tables."""
+    questions: int
+    """Number of questions of the reported split."""
     hub: str
     """Its dataset on the Hugging Face Hub."""
     files: tuple[str, ...]

@@ -54,6 +54,7 @@ def score(extracted: str, columns: Columns) -> bool:
 MMSTAR = Benchmark(
     name=NAME,
     title="MMStar",
+    questions=1500,
     hub=HUB,
     files=("mmstar.parquet",),
     draft=read,

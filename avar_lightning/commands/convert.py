@@ -6,9 +6,13 @@ import argparse
 from functools import partial
 from typing import Any
 
+from avar_lightning.benchmarks import BENCHMARKS, convert_benchmark
 from avar_lightning.conversion import ConvertConfig, convert, validate
 from avar_lightning.conversion.config import FIELD_NAMES
 from avar_lightning.conversion.formats import FORMATS
+
+# With --benchmark, its own adapter says what these would.
+NOT_OF_BENCHMARKS = ("format", "images", "columns", "drop", "split", "source", "prepend_images")
 
 
 def add_convert(commands: Any) -> None:
@@ -20,7 +24,8 @@ def add_convert(commands: Any) -> None:
         description=(
             "Turn ShareGPT and LLaMA-Factory JSON, messages, Alpaca, and tables (Parquet, datasets folders) into the "
             "shards DST. Records that cannot become samples are listed in DST/rejected.jsonl with file and line. An "
-            "interrupted conversion goes on when it is called again. With --validate, check the shards SRC instead."
+            "interrupted conversion goes on when it is called again. With --benchmark, SRC holds a benchmark's files "
+            "as the Hugging Face Hub serves them. With --validate, check the shards SRC instead."
         ),
     )
     add = parser.add_argument
@@ -36,6 +41,14 @@ def add_convert(commands: Any) -> None:
         action="store_true",
         help="check the shards SRC, and name what is bad: every sample's JSON, turns and images, no key twice, and "
         "sizes and checksums by the manifest; not whether a model's chat template or context takes the sample",
+    )
+    add(
+        "--benchmark",
+        choices=list(BENCHMARKS),
+        metavar="NAME",
+        help="the questions of a benchmark with all that scores answers to them; SRC is a folder with the files that "
+        "the Hugging Face Hub serves, one of them, or the dataset's name there; NAME is one of "
+        f"{', '.join(BENCHMARKS)}",
     )
     formats = ["auto", *FORMATS]
     add("--format", default="auto", choices=formats, help="default: told by the names of the first records' fields")
@@ -81,9 +94,22 @@ def _convert(parser: argparse.ArgumentParser, options: dict[str, Any]) -> None:
         return
     if options["dst"] is None:
         parser.error("DST is missing: the folder of the shards (or --validate, to check the shards SRC)")
+    benchmark = options.pop("benchmark")
+    if benchmark is not None:
+        given = [name for name in NOT_OF_BENCHMARKS if options[name] != parser.get_default(name)]
+        if given:
+            flag = {"columns": "column"}.get(given[0], given[0]).replace("_", "-")
+            parser.error(f"--{flag} does not go with --benchmark, which knows the fields of {benchmark}")
     options["columns"] = dict(options["columns"])
     options["drop"] = tuple(options["drop"])
-    print(convert(ConvertConfig(**options)))
+    config = ConvertConfig(**options)
+    if benchmark is None:
+        print(convert(config))
+        return
+    report, asked = convert_benchmark(benchmark, config), BENCHMARKS[benchmark].questions
+    print(report)
+    if report.samples != asked and not config.limit:
+        print(f"{benchmark} has {asked} questions; results on these {report.samples} are not those of the benchmark")
 
 
 def _validate(config: ConvertConfig) -> None:

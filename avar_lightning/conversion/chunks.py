@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from avar_lightning.conversion.config import ConvertConfig
-from avar_lightning.conversion.formats import FORMATS
+from avar_lightning.conversion.formats import Format
 from avar_lightning.conversion.images import ImageFolder
 from avar_lightning.conversion.processes import check_interrupted, shared
 from avar_lightning.conversion.rejecting import BadRecord, Rejection, Tally
@@ -27,12 +27,12 @@ class Job:
 
     Attributes:
         source: The records.
-        format: Name of their format.
+        read: What one of them means.
         config: What was asked for.
     """
 
     source: Source
-    format: str
+    read: Format
     config: ConvertConfig
 
 
@@ -94,7 +94,7 @@ def _fill(shard: ShardFile, job: Job, chunk: Chunk) -> tuple[Tally, list[Rejecti
         try:
             if isinstance(record, BadRecord):
                 raise record
-            _add(shard, f"{index:08d}", record, job, images)
+            tally.left_out += not _add(shard, f"{index:08d}", record, job, images)
         except BadRecord as error:
             name = record.get(job.config.names("id")[0]) if isinstance(record, dict) else None
             name = _printable(str(name)) if isinstance(name, str | int) else None
@@ -103,15 +103,19 @@ def _fill(shard: ShardFile, job: Job, chunk: Chunk) -> tuple[Tally, list[Rejecti
     return tally, rejections
 
 
-def _add(shard: ShardFile, key: str, record: dict[str, Any], job: Job, images: ImageFolder) -> None:
+def _add(shard: ShardFile, key: str, record: dict[str, Any], job: Job, images: ImageFolder) -> bool:
+    """Write a record's sample; false where it is left out."""
     try:
-        draft = FORMATS[job.format](record, job.config)
+        draft = job.read(record, job.config)
+        if draft is None:
+            return False
         try:
             check_messages(draft.messages, len(draft.images))
         except ValueError as error:
             raise BadRecord("bad conversation", str(error)) from error
         files = [images.load(reference) for reference in draft.images]
         shard.add(key, draft.sample(key), files)
+        return True
     except RecursionError as error:  # as below, before a byte was written
         raise BadRecord(
             "nested too deeply", "a field is nested too deeply to be written; flatten it or leave it out with --drop"

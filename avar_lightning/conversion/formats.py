@@ -41,7 +41,8 @@ class Draft:
         return Sample(self.messages, key=key, **known)
 
 
-Format = Callable[[Mapping[str, Any], ConvertConfig], Draft]
+Format = Callable[[Mapping[str, Any], ConvertConfig], Draft | None]
+"""What a record means; None for one that is left out without complaint."""
 
 
 def conversation(record: Mapping[str, Any], config: ConvertConfig) -> Draft:

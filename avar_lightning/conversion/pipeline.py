@@ -17,13 +17,28 @@ from tqdm.auto import tqdm
 
 from avar_lightning.conversion.chunks import Chunk, Job, Stopped, work_on
 from avar_lightning.conversion.config import ConvertConfig
-from avar_lightning.conversion.formats import FORMATS, detect_format
+from avar_lightning.conversion.formats import FORMATS, Format, detect_format
 from avar_lightning.conversion.processes import open_pool
 from avar_lightning.conversion.rejecting import Tally
 from avar_lightning.conversion.sources import Source, find_source
 from avar_lightning.conversion.workfolder import REJECTED, WorkFolder
 
 FIRST_RECORDS = 20  # by whose fields the format is told
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Records and what they mean, where input and format do not say it.
+
+    Attributes:
+        source: The records.
+        name: What a report calls their format.
+        read: What one of them means; a function of a module, since other processes call it.
+    """
+
+    source: Source
+    name: str
+    read: Format
 
 
 @dataclass
@@ -37,7 +52,8 @@ class ConversionReport:
         samples: Samples that were written.
         shards: Number of shards.
         bytes: Their size.
-        rejected: Records that were left out, by kind of reason.
+        left_out: Records that are none of those asked for.
+        rejected: Records that cannot become samples, by kind of reason.
         reasons: A line for each kind, with an example.
         seconds: How long it took.
     """
@@ -48,6 +64,7 @@ class ConversionReport:
     samples: int
     shards: int
     bytes: int
+    left_out: int = 0
     rejected: dict[str, int] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -58,13 +75,15 @@ class ConversionReport:
             f"{self.records} records ({self.format}): {self.samples} samples in {self.shards} shard(s), "
             f"{self.bytes / 1e6:.1f} MB, {self.seconds:.1f} s, {rate:.0f} samples/s",
         ]
+        if self.left_out:
+            lines.append(f"{self.left_out} left out, which belong to another version or split")
         if self.rejected:
             lines.append(f"{sum(self.rejected.values())} rejected, each in {self.dst / REJECTED}:")
             lines += [f"  {reason}" for reason in self.reasons]
         return "\n".join(lines)
 
 
-def convert(config: ConvertConfig, *, progress: bool = True) -> ConversionReport:
+def convert(config: ConvertConfig, *, progress: bool = True, reading: Reading | None = None) -> ConversionReport:
     """Convert a data set into shards.
 
     Records that cannot become samples are listed in ``rejected.jsonl`` beside the shards. An interrupted conversion
@@ -73,6 +92,7 @@ def convert(config: ConvertConfig, *, progress: bool = True) -> ConversionReport
     Args:
         config: The input, the folder of the shards, and how to read the one into the other.
         progress: Show a progress bar.
+        reading: The records and what they mean; default: what ``config.src`` and ``config.format`` say.
 
     Raises:
         FileNotFoundError: When there is no such input.
@@ -81,29 +101,31 @@ def convert(config: ConvertConfig, *, progress: bool = True) -> ConversionReport
         RuntimeError: When the disk fails or a process dies.
     """
     started = time.monotonic()
-    source = find_source(config.src, config.split)
+    reading = reading or _reading_of(config)
+    source = reading.source
     if Path(config.dst).resolve() == source.folder.resolve():
         raise ValueError(f"{config.dst} is where the input is; give the shards a folder of their own")
-    format_ = _format_of(source, config)
     work, tally = WorkFolder(config.dst), Tally()
     with work.alone():
-        manifest = work.begin(_plan(source, format_, config), overwrite=config.overwrite)
+        manifest = work.begin(_plan(reading, config), overwrite=config.overwrite)
         if manifest is None:
-            _count(Job(source, format_, config), tally, progress)
+            _count(Job(source, reading.read, config), tally, progress)
             _judge(tally, config, work)
             manifest = work.publish()
         else:
             tally = work.read_rejected()
-            tally.records = manifest["samples"] + tally.num_rejected
+            tally.left_out = manifest["left_out"]
+            tally.records = manifest["samples"] + tally.num_rejected + tally.left_out
             work.remove()
     shards = manifest["shards"]
     return ConversionReport(
         dst=Path(config.dst),
-        format=format_,
+        format=reading.name,
         records=tally.records,
-        samples=tally.records - tally.num_rejected,
+        samples=tally.num_samples,
         shards=len(shards),
         bytes=sum(shard["bytes"] for shard in shards),
+        left_out=tally.left_out,
         rejected=tally.rejected,
         reasons=tally.lines(),
         seconds=time.monotonic() - started,
@@ -126,6 +148,12 @@ def _most_records(source: Source, config: ConvertConfig) -> int | None:
     return min((count for count in (source.total_records, config.limit) if count is not None), default=None)
 
 
+def _reading_of(config: ConvertConfig) -> Reading:
+    source = find_source(config.src, config.split)
+    name = _format_of(source, config)
+    return Reading(source, name, FORMATS[name])
+
+
 def _format_of(source: Source, config: ConvertConfig) -> str:
     if config.format != "auto":
         if config.format not in FORMATS:
@@ -140,14 +168,15 @@ def _format_of(source: Source, config: ConvertConfig) -> str:
     return detect_format(fields, config)
 
 
-def _plan(source: Source, format_: str, config: ConvertConfig) -> dict[str, Any]:
+def _plan(reading: Reading, config: ConvertConfig) -> dict[str, Any]:
     """What must be the same for an interrupted conversion to go on."""
+    source = reading.source
     sizes = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in source.files]
     options = ("columns", "drop", "system", "source", "prepend_images", "samples_per_shard", "limit")
     return {
         "input": sizes,
         "images": str(Path(config.images or source.folder).resolve()),
-        "format": format_,
+        "format": reading.name,
         **{name: getattr(config, name) for name in options},
     }
 
@@ -176,12 +205,16 @@ def _judge(tally: Tally, config: ConvertConfig, work: WorkFolder) -> None:
     if not tally.records:
         work.remove()
         raise ValueError(f"{config.src} holds no record; expected at least one")
-    share = tally.num_rejected / tally.records
+    if tally.left_out == tally.records:
+        work.remove()
+        raise ValueError(f"{config.src} holds {tally.records} record(s), but none of those asked for")
+    wanted = tally.records - tally.left_out
+    share = tally.num_rejected / wanted
     if share <= config.max_rejected and share < 1:
         return
     path = work.judge()
     raise ValueError(
-        f"{tally.num_rejected} of {tally.records} records are rejected, more than max_rejected "
+        f"{tally.num_rejected} of {wanted} records are rejected, more than max_rejected "
         f"{config.max_rejected:g} allows, so no shards are written: {'; '.join(tally.lines()[:3])}. "
         f"Each is in {path}; mend them and call again with --overwrite, or leave them out with a larger --max-rejected"
     )

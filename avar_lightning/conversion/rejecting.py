@@ -52,11 +52,13 @@ class Tally:
 
     Attributes:
         records: Records that were read.
+        left_out: Good records that were not asked for, as another version of the same questions.
         rejected: How many of them were rejected, by kind.
         examples: The first rejection of every kind.
     """
 
     records: int = 0
+    left_out: int = 0
     rejected: dict[str, int] = field(default_factory=dict)
     examples: dict[str, Rejection] = field(default_factory=dict)
 
@@ -65,6 +67,11 @@ class Tally:
         """All that were rejected."""
         return sum(self.rejected.values())
 
+    @property
+    def num_samples(self) -> int:
+        """All that became samples."""
+        return self.records - self.left_out - self.num_rejected
+
     def reject(self, rejection: Rejection) -> None:
         """Count one more."""
         self._count(rejection.kind, 1, rejection)
@@ -72,6 +79,7 @@ class Tally:
     def add(self, other: Tally) -> None:
         """Count another part of the records, in any order."""
         self.records += other.records
+        self.left_out += other.left_out
         for kind, count in other.rejected.items():
             self._count(kind, count, other.examples[kind])
 

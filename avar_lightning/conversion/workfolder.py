@@ -21,7 +21,9 @@ from avar_lightning.data.shards import MANIFEST, UNFINISHED
 from avar_lightning.files import json_line, write_json
 
 REJECTED = "rejected.jsonl"
-_RESULT = "result"  # in the plan, once it is to be published: the manifest
+# In the plan, once it is to be published:
+_RESULT = "result"  # the manifest
+_LEFT_OUT = "left_out"  # the number of records that were left out, which the manifest does not say
 
 
 class WorkFolder:
@@ -54,7 +56,8 @@ class WorkFolder:
         """Make the folder, or go on in it where it is of the same plan; a publication is ended, whoever began it.
 
         Returns:
-            The manifest, where an earlier call of the same plan published all and did not come to say so.
+            The manifest and ``left_out``, where an earlier call of the same plan published all and did not come to say
+            so.
 
         Raises:
             FileExistsError: When dst holds shards and ``overwrite`` is false.
@@ -64,9 +67,10 @@ class WorkFolder:
         plan = json.loads(json.dumps(plan))  # as it is read back
         left = json.loads(self._plan.read_text()) if self._plan.is_file() else None
         result = left.pop(_RESULT, None) if left is not None else None
+        left_out = left.pop(_LEFT_OUT, 0) if left is not None else 0
         if result is not None and result == self._manifest():
             if left == plan:
-                return dict(result)
+                return {**result, "left_out": left_out}
             self.remove()
             left = None
         same = left == plan
@@ -98,7 +102,8 @@ class WorkFolder:
     def finish(self, number: int, tally: Tally, entry: dict[str, Any] | None, rejections: list[Rejection]) -> None:
         """Say that a chunk is whole; ``entry`` is what the manifest says of its tar, None where it has no sample."""
         rows = [[rejection.index, rejection.row()] for rejection in rejections]
-        write_json(self._report(number), {"records": tally.records, "entry": entry, "rejected": rows})
+        counts = {"records": tally.records, "left_out": tally.left_out}
+        write_json(self._report(number), {**counts, "entry": entry, "rejected": rows})
 
     def finished(self, number: int) -> Tally | None:
         """The counts of a chunk that is whole, else None."""
@@ -111,7 +116,7 @@ class WorkFolder:
             tar = self.tar(number)
             if not tar.is_file() or tar.stat().st_size != size:
                 return None
-        tally = Tally(records=report["records"])
+        tally = Tally(records=report["records"], left_out=report.get("left_out", 0))
         for rejection in _rejections(report):
             tally.reject(rejection)
         return tally
@@ -138,13 +143,15 @@ class WorkFolder:
         """Turn the finished chunks into the data set of dst, replacing what it holds; returns the manifest."""
         moves = {f"{UNFINISHED}/{REJECTED}": REJECTED}
         shards: list[dict[str, Any]] = []
+        left_out = 0
         for path, report in self._reports():  # chunks that hold samples get numbers without a gap
+            left_out += report.get("left_out", 0)
             if report["entry"]:
                 shards.append({"name": f"shard-{len(shards):06d}.tar", **report["entry"]})
                 moves[f"{UNFINISHED}/{path.with_suffix('.tar').name}"] = shards[-1]["name"]
         manifest = {"samples": sum(shard["samples"] for shard in shards), "shards": shards}
         self._write_rejected()
-        write_json(self._plan, {**json.loads(self._plan.read_text()), _RESULT: manifest})
+        write_json(self._plan, {**json.loads(self._plan.read_text()), _RESULT: manifest, _LEFT_OUT: left_out})
         publish(self.dst, moves, manifest)
         self.remove()
         return manifest
