@@ -1,8 +1,9 @@
 """Lightning callbacks that measure visual attention in any project; import as `avar_lightning.callbacks`."""
 
+from avar_lightning.callbacks.benchmark import BenchmarkCallback
 from avar_lightning.callbacks.checkpoint import Checkpoint
 from avar_lightning.callbacks.completions import CompletionsCallback
 from avar_lightning.callbacks.intervention import InterventionCallback
 from avar_lightning.callbacks.vas import VASCallback
 
-__all__ = ["Checkpoint", "CompletionsCallback", "InterventionCallback", "VASCallback"]
+__all__ = ["BenchmarkCallback", "Checkpoint", "CompletionsCallback", "InterventionCallback", "VASCallback"]

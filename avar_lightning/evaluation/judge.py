@@ -1,0 +1,240 @@
+"""A judge behind an OpenAI-compatible server: asked for what rules cannot read, each question once.
+
+Its replies are kept in `judge.jsonl` by judge and question, so that a later run asks for nothing again. The key is read
+from the environment for each run, and is in no file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from tenacity import RetryCallState, RetryError, Retrying, retry_if_exception_type, stop_after_delay
+from tenacity.wait import wait_random_exponential
+from tqdm import tqdm
+
+from avar_lightning.files import json_line
+from avar_lightning.synthesis.client import retry_after
+from avar_lightning.synthesis.config import DEMO, StageConfig
+from avar_lightning.synthesis.secret import Secret
+
+CACHE = "judge.jsonl"
+MAX_WAIT = 30.0
+"""Longest wait between two tries that no server asked for, in seconds."""
+OF_ONE_QUESTION = (400, 413, 422)
+"""Statuses that may be the fault of a single question, as one that is too long."""
+MAX_REFUSED = 3
+"""Questions that may be refused before any is answered; then it is the settings, and not the questions."""
+
+
+@dataclass
+class JudgeConfig:
+    """Who reads the answers that rules cannot read."""
+
+    model: str
+    """Name of the model on its server."""
+    base_url: str = "http://localhost:8000/v1"
+    """Of an OpenAI-compatible server, e.g. `https://api.openai.com/v1`."""
+    api_key_variable: str | None = None
+    """Environment variable that holds the server's key; no key is sent when unset."""
+    temperature: float | None = 0.0
+    """Of sampling; the server's own when null."""
+    max_tokens: int = 512
+    """Longest reply."""
+    concurrency: int = 8
+    """Questions that are asked together."""
+    timeout: float = 120.0
+    """Seconds for one reply."""
+    patience: float = 120.0
+    """Seconds for which one question is tried again."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further fields of the request's body, e.g. `chat_template_kwargs`."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be asked, and keys in places that are written down."""
+        for name in ("max_tokens", "concurrency", "timeout", "patience"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"judge.{name} is {getattr(self, name)}, expected more than 0.")
+        if self.base_url == DEMO:
+            raise ValueError("judge.base_url is 'demo', expected http(s)://HOST/v1 of a running server.")
+        self.base_url = self._stage.base_url
+
+    @property
+    def api_key(self) -> str | None:
+        """The key, read anew each time so that no configuration holds it."""
+        return self._stage.api_key
+
+    @property
+    def _stage(self) -> StageConfig:
+        """The same as a stage of a synthesis, which knows what a server's address and key may be."""
+        return StageConfig(self.model, self.base_url, self.api_key_variable, extra=self.extra)
+
+
+class _Trouble(Exception):
+    """No reply, worth another try."""
+
+    def __init__(self, why: str, wait: float = 0.0) -> None:
+        super().__init__(why)
+        self.wait = wait
+
+
+class _Refused(Exception):
+    """The server will not reply; `alone` where that may hold for one question only."""
+
+    def __init__(self, why: str, *, alone: bool) -> None:
+        super().__init__(why)
+        self.alone = alone
+
+
+class Judge:
+    """Asks, and keeps what was replied.
+
+    Attributes:
+        trouble: Why questions stayed without a reply, in one sentence; empty where none did.
+        num_asked: Replies of the server.
+        num_cached: Replies of earlier runs.
+        num_open: Questions without a reply.
+    """
+
+    def __init__(self, config: JudgeConfig, folder: Path, *, progress: bool = False) -> None:
+        self.config, self.path, self.progress = config, folder / CACHE, progress
+        key = config.api_key
+        self._secret = Secret(key)
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.trouble, self.num_asked, self.num_cached, self.num_open = "", 0, 0, 0
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What became of the questions."""
+        counts = {"asked": self.num_asked, "from_cache": self.num_cached, "without_reply": self.num_open}
+        return {"model": self.config.model, "base_url": self.config.base_url, **counts, "trouble": self.trouble}
+
+    def ask(self, prompts: Sequence[str]) -> dict[str, str]:
+        """Reply by prompt, from the cache or from the server; without those that got none."""
+        known = self._cached()
+        wanted = dict.fromkeys(prompts)
+        replies = {prompt: known[key] for prompt in wanted if (key := self._key(prompt)) in known}
+        missing = [prompt for prompt in wanted if prompt not in replies]
+        self.num_cached = len(replies)
+        if missing:
+            replies |= self._ask_server(missing)
+        self.num_asked = len(replies) - self.num_cached
+        self.num_open = len(wanted) - len(replies)
+        return replies
+
+    def _ask_server(self, prompts: Sequence[str]) -> dict[str, str]:
+        replies: dict[str, str] = {}
+        refused = 0
+        with (
+            httpx2.Client(headers=self._headers, timeout=self.config.timeout) as client,
+            ThreadPoolExecutor(self.config.concurrency) as pool,
+            self.path.open("a") as cache,
+            tqdm(total=len(prompts), desc="judge", unit="answer", disable=not self.progress) as bar,
+        ):
+            asked: dict[Future[str], str] = {pool.submit(self._reply, client, prompt): prompt for prompt in prompts}
+            for future in as_completed(asked):
+                if future.cancelled():
+                    continue
+                try:
+                    reply = replies[asked[future]] = future.result()
+                except _Refused as error:
+                    refused += 1
+                    self.trouble = self.trouble or str(error)
+                    if not error.alone or (not replies and refused >= MAX_REFUSED):
+                        pool.shutdown(wait=False, cancel_futures=True)
+                else:
+                    line = {"key": self._key(asked[future]), "model": self.config.model, "reply": reply}
+                    cache.write(json_line(line))
+                    cache.flush()
+                    bar.update()
+        return replies
+
+    def _reply(self, client: httpx2.Client, prompt: str) -> str:
+        """One question, tried until it is answered whole."""
+        tries = Retrying(
+            retry=retry_if_exception_type(_Trouble), stop=stop_after_delay(self.config.patience), wait=_wait
+        )
+        try:
+            return tries(self._once, client, prompt)
+        except RetryError as error:
+            last = error.last_attempt.exception()
+            raise _Refused(
+                f"the judge {self._name} gave no reply in {self.config.patience:g} s (last: {last}); see that it runs "
+                "and can be reached, and run the same command again: nothing is answered or judged twice.",
+                alone=False,
+            ) from last
+
+    def _once(self, client: httpx2.Client, prompt: str) -> str:
+        config = self.config
+        body = {"model": config.model, "messages": [{"role": "user", "content": prompt}], **config.extra}
+        body |= {"max_tokens": config.max_tokens}
+        body |= {} if config.temperature is None else {"temperature": config.temperature}
+        try:
+            response = client.post(f"{config.base_url}/chat/completions", json=body)
+        except httpx2.HTTPError as error:
+            raise _Trouble(self._secret.clean(f"{type(error).__name__}: {error}")) from None
+        if response.status_code != 200:
+            raise self._refusal(response)
+        reply = _text_of(response)
+        if self._secret.is_in(reply):
+            raise _Refused(f"the judge {self._name} repeated its key in a reply, which is not kept.", alone=True)
+        return reply
+
+    def _refusal(self, response: httpx2.Response) -> Exception:
+        status, said = response.status_code, self._secret.clean(" ".join(response.text.split()))[:300]
+        if status in (408, 409, 425, 429) or status >= 500:
+            return _Trouble(f"status {status}: {said}", retry_after(response.headers.get("retry-after")))
+        variable = self.config.api_key_variable
+        hint = {
+            401: f"put its key into the environment variable {variable}"
+            if variable
+            else "name the environment variable that holds its key in judge.api_key_variable",
+            403: "the key may not use this model; give another",
+            404: "correct judge.base_url (it ends with /v1 on most servers) or judge.model",
+        }.get(status, "correct the settings of judge")
+        sentence = f"the judge {self._name} answered {status} ({said}); {hint}, and run the same command again."
+        return _Refused(sentence, alone=status in OF_ONE_QUESTION)
+
+    @property
+    def _name(self) -> str:
+        return f"{self.config.model} at {self.config.base_url}"
+
+    def _key(self, prompt: str) -> str:
+        return hashlib.sha256(json.dumps([self.config.model, prompt]).encode()).hexdigest()
+
+    def _cached(self) -> dict[str, str]:
+        """Replies of earlier runs; a line that a killed run left half is cut off."""
+        if not self.path.is_file():
+            return {}
+        with self.path.open("rb+") as file:
+            content = file.read()
+            whole = content.rfind(b"\n") + 1
+            file.truncate(whole)
+        lines: list[Mapping[str, Any]] = [json.loads(line) for line in content[:whole].splitlines()]
+        return {line["key"]: line["reply"] for line in lines}
+
+
+def _text_of(response: httpx2.Response) -> str:
+    """The reply in an answer's body.
+
+    Raises:
+        _Trouble: It has none.
+    """
+    try:
+        text = response.json()["choices"][0]["message"]["content"]
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise _Trouble(f"an answer without a reply ({type(error).__name__})") from error
+    if not isinstance(text, str) or not text.strip():
+        raise _Trouble("an empty reply")
+    return text.encode("utf-8", "replace").decode()
+
+
+def _wait(state: RetryCallState) -> float:
+    asked = getattr(state.outcome.exception() if state.outcome else None, "wait", 0.0)
+    return max(asked, wait_random_exponential(multiplier=1.0, max=MAX_WAIT)(state))
