@@ -114,7 +114,7 @@ def lettered(options: Sequence[str]) -> dict[str, str]:
 
 
 def _last_statement(text: str) -> str | None:
-    found = [match for match in _STATED.finditer(text) if not _is_word(text, match)]
+    found = [match for match in _STATED.finditer(text) if not is_word(text, match[1], match.end(1))]
     return found[-1][1] if found else None
 
 
@@ -128,6 +128,6 @@ def _last_bracketed(text: str) -> str | None:
     return found[-1] if found else None
 
 
-def _is_word(text: str, match: re.Match[str]) -> bool:
-    """Whether a letter is the article "A" or the pronoun "I"."""
-    return match[1] in "AI" and _AFTER_A_LETTER.match(text, match.end(1)) is not None
+def is_word(text: str, letter: str, end: int) -> bool:
+    """Whether a letter that ends there in a text is the article "A" or the pronoun "I"."""
+    return letter in "AI" and _AFTER_A_LETTER.match(text, end) is not None

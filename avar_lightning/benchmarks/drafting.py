@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from avar_lightning.conversion.formats import Draft
 from avar_lightning.conversion.rejecting import BadRecord, short
 
 _MARKER = re.compile(r"<image (\d+)>")
+MAX_LITERAL = 20_000  # characters
 
 
 def draft(
@@ -112,3 +114,24 @@ def need(record: Mapping[str, Any], name: str) -> Any:
             f"no {name}", f"the record has no {name!r} but {short(sorted(record))}; expected the hub's own file"
         )
     return value
+
+
+def literal_list(record: Mapping[str, Any], name: str) -> list[str]:
+    """A list, or a string that is one in Python's notation, as MMMU writes its options; empty for neither or null.
+
+    Raises:
+        BadRecord: The string begins like a list but is none.
+    """
+    value = record.get(name)
+    if isinstance(value, list | tuple):
+        return [str(item) for item in value]
+    text = str(value or "").strip()
+    if not text.startswith("["):
+        return []
+    try:
+        found = ast.literal_eval(text) if len(text) < MAX_LITERAL else None
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        found = None
+    if not isinstance(found, list):
+        raise BadRecord(f"bad {name}", f"{name} is {short(text)}; expected a list in Python's notation")
+    return [str(item) for item in found]

@@ -6,10 +6,27 @@ from collections.abc import Sequence
 from typing import Any
 
 from avar_lightning.benchmarks.benchmark import Benchmark
+from avar_lightning.benchmarks.hallusionbench import HALLUSIONBENCH
+from avar_lightning.benchmarks.mathverse import MATHVERSE_VO
+from avar_lightning.benchmarks.mathvision import MATHVISION
+from avar_lightning.benchmarks.mathvista import MATHVISTA
+from avar_lightning.benchmarks.mmmu import MMMU, MMMU_PRO, MMMU_PRO_VISION
 from avar_lightning.benchmarks.mmstar import MMSTAR
 from avar_lightning.rewards.answers import text_of
 
-BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in (MMSTAR,)}
+BENCHMARKS: dict[str, Benchmark] = {
+    benchmark.name: benchmark
+    for benchmark in (
+        MATHVISTA,
+        MATHVISION,
+        MATHVERSE_VO,
+        MMMU,
+        MMMU_PRO,
+        MMMU_PRO_VISION,
+        MMSTAR,
+        HALLUSIONBENCH,
+    )
+}
 
 
 def benchmark_of(name: Any) -> Benchmark:

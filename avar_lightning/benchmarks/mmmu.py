@@ -1,0 +1,231 @@
+"""MMMU (validation, 900 questions of 30 subjects) and MMMU-Pro (1,730 questions, with ten options, and as screenshots).
+
+Sources: Yue et al., "MMMU" (arXiv 2311.16502) and "MMMU-Pro" (arXiv 2409.02813), github.com/MMMU-Benchmark/MMMU:
+prompts of mmmu/configs/llava1.5.yaml and mmmu-pro/prompts.yaml (`cot`), parsing of responses in eval/eval_utils.py.
+Where the authors' parser finds nothing it guesses an option at random; here nothing is found then, which a judge may
+decide, and counts as wrong otherwise.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from avar_lightning.benchmarks.answers import conclusion, is_word, letter_of, lettered, stated
+from avar_lightning.benchmarks.benchmark import Benchmark, Columns
+from avar_lightning.benchmarks.drafting import draft, literal_list, need
+from avar_lightning.benchmarks.judging import ask_letter, ask_value, read_letter, read_value
+from avar_lightning.benchmarks.openanswers import same_open_answer
+from avar_lightning.conversion.config import ConvertConfig
+from avar_lightning.conversion.formats import Draft
+
+MMMU_HUB, PRO_HUB = "MMMU/MMMU", "MMMU/MMMU_Pro"
+CHOICE_CLOSING = "Answer with the option's letter from the given choices directly."
+OPEN_CLOSING = "Answer the question using a single word or phrase."
+_FORM = (
+    "The last line of your response should be of the following format: 'Answer: $LETTER' (without quotes) where LETTER "
+    "is one of options. Think step by step before answering."
+)
+STANDARD_CLOSING = f"Answer the preceding multiple choice question. {_FORM}"
+VISION_PROMPT = f"Write out the multiple-choice question in the image and then solve it. {_FORM}"
+MULTIPLE_CHOICE = "multiple-choice"
+_ID = re.compile(r"[^_]+_(.+)_\d+")
+
+
+def read_mmmu(record: Mapping[str, Any], config: ConvertConfig) -> Draft | None:
+    """A record of `SUBJECT/validation-*.parquet`; None for one of another split."""
+    name, kind = str(need(record, "id")), str(need(record, "question_type"))
+    if not name.startswith("validation_"):
+        return None
+    question, options = str(need(record, "question")), lettered(literal_list(record, "options"))
+    lines = [question, *([*_bracketed(options), ""] if options else [""])]
+    closing = CHOICE_CLOSING if kind == MULTIPLE_CHOICE else OPEN_CLOSING
+    answer = need(record, "answer")
+    return draft(
+        record,
+        config,
+        benchmark="mmmu",
+        source=MMMU_HUB,
+        id=name,
+        answer=answer if kind == MULTIPLE_CHOICE else literal_list(record, "answer") or answer,
+        prompt="\n".join([*lines, closing]),
+        numbered=_images(record),
+        question=question,
+        options=options,
+        question_type=kind,
+        subject=_subject(name),
+        **_more(record),
+    )
+
+
+def read_pro(record: Mapping[str, Any], config: ConvertConfig) -> Draft | None:
+    """A record of `standard (10 options)/test-*.parquet`."""
+    question, options = str(need(record, "question")), lettered(literal_list(record, "options"))
+    lines = [question, *(f"{letter}. {text}" for letter, text in options.items()), STANDARD_CLOSING]
+    return _pro(record, config, "mmmu_pro", question, options, prompt="\n".join(lines), numbered=_images(record))
+
+
+def read_vision(record: Mapping[str, Any], config: ConvertConfig) -> Draft | None:
+    """A record of `vision/test-*.parquet`: the question is in the image."""
+    options = lettered(literal_list(record, "options"))
+    question = "(The question and its options are in an image.)"
+    return _pro(
+        record, config, "mmmu_pro_vision", question, options, prompt=VISION_PROMPT, images=[need(record, "image")]
+    )
+
+
+def extract(response: str, columns: Columns) -> str | None:
+    """A letter, or for an open question the text that is searched for the answer."""
+    short = stated(response)
+    if columns.get("question_type", MULTIPLE_CHOICE) != MULTIPLE_CHOICE:
+        return short or conclusion(response) or None
+    options = columns["options"]
+    return (short and letter_of(short, options)) or parse_choice(short or conclusion(response), options)
+
+
+def extract_pro(response: str, columns: Columns) -> str | None:
+    """A letter: what is tagged, the last line `Answer: X`, or else as in MMMU."""
+    options = columns["options"]
+    if stated(response) is None:
+        _, found, after = conclusion(response).rpartition("Answer:")
+        letters = [letter for letter in options if re.search(rf"\b{letter}\b", after)] if found else []
+        if len(letters) == 1:
+            return letters[0]
+    return extract(response, columns)
+
+
+def parse_choice(response: str, options: Mapping[str, str]) -> str | None:
+    """The authors' reading of a response to a multiple-choice question; None where they would guess.
+
+    The last letter in brackets; else the last that stands alone, or (as in MMMU-Pro) before a full stop; else the last
+    option whose text is in the response, where that has more than five words. Unlike theirs, the article "A" and the
+    pronoun "I" are no letters, and lines are joined first.
+
+    >>> parse_choice("Not (A) but (C), I think.", {"A": "x", "B": "y", "C": "z"})
+    'C'
+    """
+    for mark in ",.!?;:'":
+        response = response.strip(mark)
+    text = f" {' '.join(response.split())} "
+    forms = (r"\({}\)", r"(?<= ){}(?= )", r"(?<= ){}(?=\. )")
+    for form in forms:
+        ends = {
+            match.start(): letter
+            for letter in options
+            for match in re.finditer(form.format(letter), text)
+            if not is_word(text, letter, match.end())
+        }
+        if ends:
+            return ends[max(ends)]
+    if len(text.split()) > 5:
+        last = {letter: text.lower().rfind(option.lower()) for letter, option in options.items() if option}
+        found = max(last, key=lambda letter: last[letter], default=None)
+        return found if found is not None and last[found] >= 0 else None
+    return None
+
+
+def score(extracted: str, columns: Columns) -> bool:
+    """Whether the letter is the right one, or the text holds an open question's answer."""
+    answer = columns["answer"]
+    if columns.get("question_type", MULTIPLE_CHOICE) == MULTIPLE_CHOICE:
+        return extracted == answer
+    return same_open_answer(extracted, answer if isinstance(answer, list) else [str(answer)])
+
+
+def question_to_judge(response: str, columns: Columns) -> str:
+    """Ask for the letter or the value."""
+    return (ask_letter if columns.get("options") else ask_value)(response, columns)
+
+
+def read_judgement(reply: str, columns: Columns) -> str | None:
+    """The letter or the value."""
+    return (read_letter if columns.get("options") else read_value)(reply, columns)
+
+
+def _pro(
+    record: Mapping[str, Any],
+    config: ConvertConfig,
+    benchmark: str,
+    question: str,
+    options: dict[str, str],
+    **shown: Any,
+) -> Draft:
+    return draft(
+        record,
+        config,
+        benchmark=benchmark,
+        source=PRO_HUB,
+        id=need(record, "id"),
+        answer=need(record, "answer"),
+        question=question,
+        options=options,
+        question_type=MULTIPLE_CHOICE,
+        subject=record.get("subject") or _subject(str(record["id"])),
+        **_more(record),
+        **shown,
+    )
+
+
+def _images(record: Mapping[str, Any]) -> dict[int, Any]:
+    return {number: record.get(f"image_{number}") for number in range(1, 8)}
+
+
+def _bracketed(options: Mapping[str, str]) -> list[str]:
+    return [f"({letter}) {text}" for letter, text in options.items()]
+
+
+def _subject(name: str) -> str:
+    found = _ID.fullmatch(name)
+    return found[1] if found else ""
+
+
+def _more(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields that both have, where the record has them."""
+    more = {name: record[name] for name in ("topic_difficulty", "subfield") if record.get(name)}
+    if record.get("img_type"):
+        more["img_type"] = literal_list(record, "img_type")
+    return more
+
+
+def _benchmark(name: str, title: str, **more: Any) -> Benchmark:
+    return Benchmark(
+        name=name,
+        title=title,
+        score=score,
+        extraction_prompt=question_to_judge,
+        read_judgement=read_judgement,
+        **more,
+    )
+
+
+MMMU = _benchmark(
+    "mmmu",
+    "MMMU",
+    questions=900,
+    hub=MMMU_HUB,
+    files=("*/validation-*.parquet",),
+    draft=read_mmmu,
+    extract=extract,
+    categories=("subject", "topic_difficulty", "img_type", "question_type"),
+)
+MMMU_PRO = _benchmark(
+    "mmmu_pro",
+    "MMMU-Pro (10 options)",
+    questions=1730,
+    hub=PRO_HUB,
+    files=("standard (10 options)/test-*.parquet",),
+    draft=read_pro,
+    extract=extract_pro,
+    categories=("subject", "topic_difficulty", "img_type"),
+)
+MMMU_PRO_VISION = _benchmark(
+    "mmmu_pro_vision",
+    "MMMU-Pro (vision)",
+    questions=1730,
+    hub=PRO_HUB,
+    files=("vision/test-*.parquet",),
+    draft=read_vision,
+    extract=extract_pro,
+    categories=("subject",),
+)
