@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from avar_lightning.data.demo import WORLD_VERSION
-from avar_lightning.processing import SHIPPED, resolve_pretrained
+from avar_lightning.processing import resolve_pretrained
 
 ROOT = Path(__file__).parents[2]
 SFT, GRPO = "configs/avar_sft.yaml", "configs/avar_grpo.yaml"
@@ -111,5 +111,3 @@ REWARDS = {
 }
 GUIDED_GRPO = _grpo("guided_grpo", "+ GRPO without VARS", "none", HINGE_T)
 GUIDED_VARS = _grpo("guided_vars", "+ VARS", "share", HINGE_T)
-
-SHIPPED_MODELS = {name: resolve_pretrained(name) for name in SHIPPED}

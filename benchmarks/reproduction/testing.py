@@ -34,7 +34,7 @@ def result_path(model: Path) -> Path:
     return model.parent / f"test_{NUM_SAMPLES}.json"
 
 
-def test_data() -> DemoDataModule:
+def held_out() -> DemoDataModule:
     """The split, with references that describe the picture, whatever a model was trained on."""
     data = DemoDataModule(style="anchored", num_test=NUM_SAMPLES, val_batch_size=BATCH_SIZE, num_workers=0)
     data.prepare_data()
@@ -42,20 +42,20 @@ def test_data() -> DemoDataModule:
 
 
 @torch.no_grad()
-def measure(folder: Path, batches: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def measure(folder: Path, data: DemoDataModule) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """All that is said of one model: a summary, and a row a sample."""
     processor = load_processor(folder)
     model: Any = load_model(str(folder)).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    measurement = Measurement(tuple(QUERIES))
+    references, validation = Measurement(tuple(QUERIES)), Measurement(tuple(QUERIES))
     rows: list[dict[str, Any]] = []
     losses: list[float] = []
-    for batch in batches:
-        batch = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    for batch in data.val_dataloader():
+        _observed_nll(model, _moved(batch, model.device), validation)
+    for batch in data.test_dataloader():
+        batch = _moved(batch, model.device)
         role_ids = batch["role_ids"]
-        with observe_attention(model, role_ids, queries=list(QUERIES.values()), keys=KEYS) as record:
-            own = _nll(model, batch, batch["pixel_values"])
-        measurement.update(record.stacked(), role_ids, [c["id"] for c in batch["columns"]], layers=record.layers)
+        own = _observed_nll(model, batch, references)
         other = _nll(model, batch, _pictures_of_others(batch))
         prompt = prompt_of(batch, role_ids, model, padding_id(processor))
         columns = columns_of(batch, role_ids, processor)
@@ -77,7 +77,8 @@ def measure(folder: Path, batches: list[dict[str, Any]]) -> tuple[dict[str, Any]
         "describes": mean("I look at the picture" in row["completion"] for row in rows),
         "reference_loss": statistics.fmean(losses),
         "picture_gain": mean(row["picture_gain"] for row in rows),
-        "references": {name: measurement.report(name) for name in QUERIES},
+        "references": {name: references.report(name) for name in QUERIES},
+        "validation_map": validation.report("response")["map"],
     }
     return summary, rows
 
@@ -85,6 +86,19 @@ def measure(folder: Path, batches: list[dict[str, Any]]) -> tuple[dict[str, Any]
 def _last(row: dict[str, Any]) -> str:
     """What a completion answers, be it well-formed or not."""
     return str(row["completion"]).rpartition("<answer>")[2]
+
+
+def _moved(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def _observed_nll(model: Any, batch: dict[str, Any], measurement: Measurement) -> Tensor:
+    role_ids = batch["role_ids"]
+    with observe_attention(model, role_ids, queries=list(QUERIES.values()), keys=KEYS) as record:
+        nll = _nll(model, batch, batch["pixel_values"])
+    ids = [column["id"] for column in batch["columns"]]
+    measurement.update(record.stacked(), role_ids, ids, layers=record.layers)
+    return nll
 
 
 def _nll(model: Any, batch: dict[str, Any], pixel_values: Tensor) -> Tensor:
@@ -107,9 +121,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", type=Path, nargs="+", help="Hugging Face folders")
     models = [model for model in parser.parse_args().models if not result_path(model).is_file()]
-    batches = list(test_data().test_dataloader()) if models else []
+    data = held_out()
     for model in models:
-        summary, rows = measure(model, batches)
+        summary, rows = measure(model, data)
         write_jsonl(result_path(model).with_name(f"answers_{NUM_SAMPLES}.jsonl"), rows)
         write_json(result_path(model), summary)
         print(json.dumps({"model": str(model), "accuracy": summary["accuracy"]}), flush=True)
