@@ -100,8 +100,8 @@ def _gaming(results: Results, output: Path) -> str:
         rows.append([name, f"{found.r:.2f} ({found.low:.2f} to {found.high:.2f}), n = {found.n}"])
     return "\n\n".join(
         [
-            "Need of the picture: how many nats a token the reference responses lose when each question gets the picture "
-            "of another of its kind. A model that looks more and uses more of what it sees loses more.",
+            "Need of the picture: how many nats a token the reference responses lose when each question gets the "
+            "picture of another of its kind. A model that uses more of what it sees loses more.",
             table(["over trainings of one style: correlation of log VAS with", "Pearson r of trainings' means"], rows),
             "![Need of the picture against VAS](results/reproduction/gaming.png)",
         ]

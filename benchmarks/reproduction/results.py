@@ -50,19 +50,16 @@ class Results:
         """One figure of each."""
         return [_at(result, key) for result in self.of(model)]
 
-    def by_seed(self, model: Training, key: Sequence[str]) -> dict[int, float]:
-        """One figure of each finished seed."""
+    def by_seed(self, model: Model, key: Sequence[str]) -> dict[int, float]:
+        """One figure of each finished seed; a shipped model is the same for all."""
+        if isinstance(model, str):
+            return dict.fromkeys(self.seeds, _first(self, model, key))
         paths = {seed: result_path(model.folder(self.root, seed) / "hf") for seed in self.seeds}
         return {seed: _at(json.loads(path.read_text()), key) for seed, path in paths.items() if path.is_file()}
 
     def difference(self, model: Model, other: Model, key: Sequence[str]) -> Interval:
         """How much more `model` has than `other`: seeds are pairs, and a shipped model is one for all of them."""
-        mine, theirs = (
-            self.by_seed(each, key)
-            if isinstance(each, Training)
-            else dict.fromkeys(self.seeds, _first(self, each, key))
-            for each in (model, other)
-        )
+        mine, theirs = (self.by_seed(each, key) for each in (model, other))
         return interval([mine[seed] - theirs[seed] for seed in mine if seed in theirs])
 
     def measure(self, models: Iterable[Model], *, jobs: int) -> None:
