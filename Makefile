@@ -7,7 +7,7 @@ TORCH_INDEX ?=
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: train test test-slow families lint bench table vars sweep demo-base demo-sft clean
+.PHONY: train test test-slow families lint bench reproduce table vars sweep demo-base demo-small demo-sft clean
 
 train: $(READY)
 	$(PYTHON) train.py fit --config configs/avar_sft.yaml
@@ -36,6 +36,10 @@ bench: $(READY)
 	$(PYTHON) benchmarks/lm_loss.py
 	$(PYTHON) benchmarks/doctor_estimates.py
 
+# docs/reproduction.md: about 120 trainings and what is measured of them; goes on where it stopped (hours on 2 cores).
+reproduce: $(READY)
+	$(PYTHON) benchmarks/reproduction
+
 # The measured table of the README: every guidance form and query set, several seeds (three quarters of an hour on 2 cores).
 table: $(READY)
 	$(PYTHON) benchmarks/guidance_table.py
@@ -57,6 +61,16 @@ demo-base: $(READY)
 	cp -r "$$(ls -td runs/demo_pretrain/version_*/hf | head -1)/." avar_lightning/data/demo_base
 	$(PYTHON) train.py fit --config configs/demo_pretrain.yaml --config configs/demo_pretrain_read.yaml
 	cp -r "$$(ls -td runs/demo_pretrain_read/version_*/hf | head -1)/." avar_lightning/data/demo_base
+
+# A smaller base, made in the same way.
+demo-small: $(READY)
+	$(PYTHON) -m avar_lightning.data.demo_base avar_lightning/data/demo_small --size small
+	$(PYTHON) train.py fit --config configs/demo_pretrain.yaml --model.init_args.vlm.pretrained demo_small \
+		--trainer.logger.init_args.name demo_pretrain_small
+	cp -r "$$(ls -td runs/demo_pretrain_small/version_*/hf | head -1)/." avar_lightning/data/demo_small
+	$(PYTHON) train.py fit --config configs/demo_pretrain.yaml --config configs/demo_pretrain_read.yaml \
+		--model.init_args.vlm.pretrained demo_small --trainer.logger.init_args.name demo_pretrain_read_small
+	cp -r "$$(ls -td runs/demo_pretrain_read_small/version_*/hf | head -1)/." avar_lightning/data/demo_small
 
 # Where GRPO begins: the base after a cold start on responses of mixed style, so that there is a choice to make.
 demo-sft: $(READY)
