@@ -30,6 +30,7 @@ from avar_lightning.checkpoints import (
     updates_per_epoch,
     use_whole_files,
 )
+from avar_lightning.data.collate import IGNORE
 from avar_lightning.export import model_card, write_folder
 from avar_lightning.families import placeholder_ids
 from avar_lightning.model import VLMConfig, end_ids, load_model
@@ -238,13 +239,17 @@ class VLMModule(L.LightningModule):
         return reduced
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """LM loss of the reference responses, and accuracy of generated ones."""
-        total, count = self.lm_loss(batch)
+        """LM loss of the reference responses, and accuracy of generated ones.
+
+        Prompts alone need no forward in a test; in a validation callbacks may watch it, and processes make it together.
+        """
         size = len(batch["input_ids"])
-        if count:  # a batch of prompts without reference responses has no loss
-            self.validation_loss.update(total / count, weight=count)
         stage = "test" if self.trainer.testing else "val"
-        self.log(f"{stage}/loss", self.validation_loss, batch_size=size)
+        if stage == "val" or self.trainer.world_size > 1 or (batch["labels"] != IGNORE).any():
+            total, count = self.lm_loss(batch)
+            if count:  # a batch of prompts without reference responses has no loss
+                self.validation_loss.update(total / count, weight=count)
+            self.log(f"{stage}/loss", self.validation_loss, batch_size=size)
         if self.max_new_tokens:
             self._score(self.generate(batch), batch["columns"])
             self.log(f"{stage}/accuracy", self.accuracy, prog_bar=True, batch_size=size)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
 
 from avar_lightning import interventions
 from avar_lightning.attention import LayerSpec
@@ -28,14 +24,15 @@ from avar_lightning.evaluation import (
     ask_judge,
     by_rules,
     evaluate,
+    judge_again,
     open_folder,
     read_answers,
     write_results,
 )
-from avar_lightning.evaluation.answers import SCORES, Key, key_of, twice
-from avar_lightning.families import placeholder_ids
+from avar_lightning.evaluation.answers import SCORES, Key, in_order, key_of, twice
+from avar_lightning.evaluation.prompts import fingerprint, text_of
 from avar_lightning.interventions import UNSTEERED
-from avar_lightning.processing import padding_id, tokenizer_of
+from avar_lightning.processing import padding_id
 
 Row = dict[str, Any]
 
@@ -179,7 +176,7 @@ class BenchmarkCallback(Callback):
         columns = _columns_of(batch, len(role_ids))
         prompt = interventions.prompt_of(batch, role_ids, vlm, padding_id(processor))
         asked = [ids[kept] for ids, kept in zip(prompt["input_ids"], prompt["attention_mask"].bool(), strict=True)]
-        missing = self._missing(columns, [_fingerprint(ids) for ids in asked])
+        missing = self._missing(columns, [fingerprint(ids) for ids in asked])
         if not _anywhere(trainer, bool(missing)):
             return
         with trainer.strategy.precision_plugin.val_step_context():
@@ -193,19 +190,19 @@ class BenchmarkCallback(Callback):
                 reward=_unscored,
             )
         rows = []
-        for index, fingerprint in missing.items():
+        for index, prompt_id in missing.items():
             own, response = columns[index], made[index]["completion"]
-            text = _text_of(asked[index], processor, placeholder_ids(vlm.config) or ())
-            row = {"benchmark": own["benchmark"], "id": str(own["id"]), "prompt": text, "response": response}
+            row = {"benchmark": own["benchmark"], "id": str(own["id"])}
+            row |= {"prompt": text_of(asked[index], processor, vlm.config), "response": response}
             row |= by_rules(response, own) | {name: made[index][name] for name in SCORES}
-            rows.append(row | {"prompt_id": fingerprint, "columns": own})
+            rows.append(row | {"prompt_id": prompt_id, "columns": own})
         self._file.append(rows)
         self._answers |= {key_of(row): row for row in rows}
 
-    def _missing(self, columns: Sequence[Mapping[str, Any]], fingerprints: Sequence[str]) -> dict[int, str]:
-        """Samples of a batch without an answer, with their fingerprints; those that fill it up are of another batch."""
+    def _missing(self, columns: Sequence[Mapping[str, Any]], prompt_ids: Sequence[str]) -> dict[int, str]:
+        """Samples of a batch without an answer, with their prompts' ids; those that fill it up are of another batch."""
         missing = {}
-        for index, (own, fingerprint) in enumerate(zip(columns, fingerprints, strict=True)):
+        for index, (own, prompt_id) in enumerate(zip(columns, prompt_ids, strict=True)):
             if own.get("repeated"):
                 continue
             key = benchmark_of(own.get("benchmark")).name, str(own["id"])
@@ -214,8 +211,8 @@ class BenchmarkCallback(Callback):
             self._own[key] = None
             before = self._answers.get(key)
             if before is None:
-                missing[index] = fingerprint
-            elif before["prompt_id"] != fingerprint:
+                missing[index] = prompt_id
+            elif before["prompt_id"] != prompt_id:
                 raise ValueError(
                     f"{self._folder} holds an answer to another prompt for sample {key[1]!r} of {key[0]}, expected the "
                     "same text and number of image tokens; give another output, or set overwrite: true."
@@ -254,16 +251,14 @@ class BenchmarkCallback(Callback):
                 raise ValueError(twice(min(both)))
             seen |= part.keys()
             answers |= part
-        return [answers[key] for key in sorted(answers, key=_order)]
+        return in_order(answers)
 
     def _sum_up(self, rows: list[Row], *, progress: bool) -> dict[str, float]:
         if not rows:
             rank_zero_warn("BenchmarkCallback saw no sample, expected batches with columns; nothing is written.")
             return {}
-        for row in rows:
-            if key_of(row) in self._old:  # by the rules of today
-                row |= by_rules(row["response"], row["columns"])
         judge = None if self.judge is None else Judge(self.judge, self._folder, progress=progress)
+        judge_again([row for row in rows if key_of(row) in self._old])
         if judge is not None:
             ask_judge(judge, rows)
             if judge.trouble:
@@ -308,23 +303,6 @@ def _anywhere(trainer: Trainer, here: bool) -> bool:
     return any(gather(here)) if isinstance(trainer.strategy, ModelParallelStrategy) else here
 
 
-def _fingerprint(input_ids: Tensor) -> str:
-    """Of a prompt's tokens, those of images included."""
-    return hashlib.sha256(str(input_ids.tolist()).encode()).hexdigest()[:16]
-
-
-def _text_of(input_ids: Tensor, processor: Any, placeholders: Sequence[int]) -> str:
-    """A prompt as text, without what stands for an image's pixels."""
-    words = input_ids[~torch.isin(input_ids, input_ids.new_tensor(list(placeholders)))]
-    return str(tokenizer_of(processor).decode(words, skip_special_tokens=True)).strip()
-
-
 def _unscored(completions: Sequence[str], **_: Any) -> list[None]:
     """No reward: verdicts need the benchmark's rules."""
     return [None] * len(completions)
-
-
-def _order(key: Key) -> tuple[Any, ...]:
-    """By benchmark, then by id with its numbers as numbers."""
-    parts = re.split(r"([0-9]+)", key[1])
-    return key[0], [(int(part), "") if number % 2 else (-1, part) for number, part in enumerate(parts)]

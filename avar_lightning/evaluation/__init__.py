@@ -8,7 +8,7 @@ from avar_lightning.evaluation.identity import about_model
 from avar_lightning.evaluation.intervals import Interval, bootstrap, bootstrap_mean
 from avar_lightning.evaluation.judge import Judge, JudgeConfig
 from avar_lightning.evaluation.results import evaluate, write_results
-from avar_lightning.evaluation.verdicts import ask_judge, by_rules
+from avar_lightning.evaluation.verdicts import ask_judge, by_rules, judge_again
 
 __all__ = [
     "AnswerFile",
@@ -21,6 +21,7 @@ __all__ = [
     "bootstrap_mean",
     "by_rules",
     "evaluate",
+    "judge_again",
     "open_folder",
     "read_answers",
     "write_results",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -108,6 +109,16 @@ def twice(key: Key) -> str:
         f"sample {key[1]!r} of {key[0]} is there twice, expected an id of its own for each sample; check that no shard "
         "is given twice, or write the shards again with avar convert --benchmark."
     )
+
+
+def in_order(answers: Mapping[Key, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Answers by benchmark, then by id with its numbers as numbers: an order that does not depend on who made them."""
+
+    def place(key: Key) -> tuple[str, list[tuple[int, str]]]:
+        parts = re.split(r"([0-9]+)", key[1])
+        return key[0], [(int(part), "") if number % 2 else (-1, part) for number, part in enumerate(parts)]
+
+    return [answers[key] for key in sorted(answers, key=place)]
 
 
 class AnswerFile:

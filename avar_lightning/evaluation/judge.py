@@ -8,14 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx2
-from tenacity import RetryCallState, RetryError, Retrying, retry_if_exception_type, stop_after_delay
+from tenacity import (
+    RetryCallState,
+    RetryError,
+    Retrying,
+    retry_if_exception_type,
+    sleep_using_event,
+    stop_after_delay,
+    stop_when_event_set,
+)
 from tenacity.wait import wait_random_exponential
 from tqdm import tqdm
 
@@ -92,6 +101,10 @@ class _Refused(Exception):
         self.alone = alone
 
 
+class _Ended(Exception):
+    """Nothing more is asked."""
+
+
 class Judge:
     """Asks, and keeps what was replied.
 
@@ -130,39 +143,55 @@ class Judge:
 
     def _ask_server(self, prompts: Sequence[str]) -> dict[str, str]:
         replies: dict[str, str] = {}
-        refused = 0
+        refused, ended = 0, threading.Event()
         with (
             httpx2.Client(headers=self._headers, timeout=self.config.timeout) as client,
             ThreadPoolExecutor(self.config.concurrency) as pool,
             self.path.open("a") as cache,
             tqdm(total=len(prompts), desc="judge", unit="answer", disable=not self.progress) as bar,
         ):
-            asked: dict[Future[str], str] = {pool.submit(self._reply, client, prompt): prompt for prompt in prompts}
-            for future in as_completed(asked):
-                if future.cancelled():
-                    continue
-                try:
-                    reply = replies[asked[future]] = future.result()
-                except _Refused as error:
-                    refused += 1
-                    self.trouble = self.trouble or str(error)
-                    if not error.alone or (not replies and refused >= MAX_REFUSED):
-                        pool.shutdown(wait=False, cancel_futures=True)
-                else:
-                    line = {"key": self._key(asked[future]), "model": self.config.model, "reply": reply}
-                    cache.write(json_line(line))
-                    cache.flush()
-                    bar.update()
+            try:
+                asked = {pool.submit(self._reply, client, prompt, ended): prompt for prompt in prompts}
+                for future in as_completed(asked):
+                    try:
+                        reply = future.result()
+                    except _Refused as error:
+                        refused += 1
+                        self.trouble = self.trouble or str(error)
+                        if not replies and refused >= MAX_REFUSED:
+                            ended.set()
+                    except _Ended:
+                        continue
+                    else:
+                        prompt = asked[future]
+                        replies[prompt] = reply
+                        cache.write(json_line({"key": self._key(prompt), "model": self.config.model, "reply": reply}))
+                        cache.flush()
+                        bar.update()
+            finally:
+                ended.set()
         return replies
 
-    def _reply(self, client: httpx2.Client, prompt: str) -> str:
+    def _reply(self, client: httpx2.Client, prompt: str, ended: threading.Event) -> str:
         """One question, tried until it is answered whole."""
+        if ended.is_set():
+            raise _Ended
         tries = Retrying(
-            retry=retry_if_exception_type(_Trouble), stop=stop_after_delay(self.config.patience), wait=_wait
+            retry=retry_if_exception_type(_Trouble),
+            stop=stop_after_delay(self.config.patience) | stop_when_event_set(ended),
+            wait=_wait,
+            sleep=sleep_using_event(ended),
         )
         try:
             return tries(self._once, client, prompt)
+        except _Refused as refusal:
+            if not refusal.alone:
+                ended.set()
+            raise
         except RetryError as error:
+            if ended.is_set():
+                raise _Ended from None
+            ended.set()
             last = error.last_attempt.exception()
             raise _Refused(
                 f"the judge {self._name} gave no reply in {self.config.patience:g} s (last: {last}); see that it runs "
@@ -237,4 +266,4 @@ def _text_of(response: httpx2.Response) -> str:
 
 def _wait(state: RetryCallState) -> float:
     asked = getattr(state.outcome.exception() if state.outcome else None, "wait", 0.0)
-    return max(asked, wait_random_exponential(multiplier=1.0, max=MAX_WAIT)(state))
+    return max(asked, wait_random_exponential(multiplier=min(1.0, MAX_WAIT), max=MAX_WAIT)(state))

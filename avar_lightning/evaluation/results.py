@@ -87,7 +87,7 @@ def write_results(
     own = columns_of({name: headline(result).value for name, result in results.items()})
     partly = {name for name, result in results.items() if result["num_samples"] < result["num_questions"]}
     tables = benchmarks_table(
-        name=str(about["model"]),
+        name="/".join(Path(about["model"]).parts[-2:]),
         columns=known.columns,
         own=own,
         intervals={n: _percent(headline(results[n])) for n, of in known.parts.items() if of == (n,) and n in results},

@@ -22,6 +22,12 @@ def by_rules(response: str, columns: Mapping[str, Any]) -> dict[str, Any]:
     return _verdict(extracted, columns, RULES)
 
 
+def judge_again(rows: Iterable[dict[str, Any]]) -> None:
+    """Verdicts by the rules of today, for answers of earlier runs; in place."""
+    for row in rows:
+        row |= by_rules(row["response"], row["columns"])
+
+
 def ask_judge(judge: Judge, rows: Iterable[dict[str, Any]]) -> None:
     """Have a judge read the responses in which rules found no answer, and mark its verdicts; in place."""
     unread = [row for row in rows if row["extracted_by"] != RULES]
