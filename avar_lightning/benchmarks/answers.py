@@ -14,6 +14,10 @@ _STATED = re.compile(
     r"(?:(?:the\s+)?(?:option|choice))?)"
     r"[\s:*$`\"'{]*(?:\\(?:text|boxed)\{)?\(?([A-Z])\)?(?![\w'’-])"
 )
+_NAMED = re.compile(
+    r"(?i)\b(?:answer|result|solution)\b(?:\s+(?:is|should be|would be)\b\s*:?|\s*:)\s*(?:\*\*)?\s*(\S.*)"
+)
+_SENTENCE = re.compile(r"(?<=[^\s.])\.(?:\s|$)")
 _LEADING = re.compile(r"[\s*(\[]*([A-Z])(?:[).:\]*]|\s*$|\s*\n)")
 _BRACKETED = re.compile(r"\(([A-Z])\)")
 _AFTER_A_LETTER = re.compile(r"\s+(?!is\b|because\b|since\b|as\b|and\b|for\b|but\b|which\b|from\b|in\b)[a-z]")
@@ -42,6 +46,16 @@ def stated(response: str) -> str | None:
     return extract_answer(conclusion(response)) or None
 
 
+def named(text: str) -> str | None:
+    """What follows the last "the answer is" or "Answer:", to the end of its sentence; None where neither is said.
+
+    >>> named('The answer is "1.5 cm". It was long.')
+    '1.5 cm'
+    """
+    found = _NAMED.findall(text)
+    return _SENTENCE.split(found[-1], 1)[0].strip().rstrip(".").strip("*$`\"'“” ") if found else None
+
+
 def letter_of(text: str, options: Mapping[str, str]) -> str | None:
     """The option that a short answer means, by its letter, its text, or both in agreement; None for none or several.
 
@@ -59,9 +73,9 @@ def letter_of(text: str, options: Mapping[str, str]) -> str | None:
 def choose(response: str, options: Mapping[str, str]) -> str | None:
     """The letter that a response chooses; None where rules find none.
 
-    In this order: what is tagged or boxed; the whole of a short response; the last "the answer is …"; a letter that
-    begins the response like an item of a list; the last letter in brackets. A word "A" at the beginning of a sentence
-    is no letter.
+    In this order: what is tagged or boxed; the whole of a short response; the last "the answer is …", with a letter or
+    the text of an option; a letter that begins the response like an item of a list; the last letter in brackets. A word
+    "A" at the beginning of a sentence is no letter.
 
     Args:
         response: What the model wrote, thinking included.
@@ -77,11 +91,10 @@ def choose(response: str, options: Mapping[str, str]) -> str | None:
     whole = letter_of(text, options)
     if whole is not None:
         return whole
-    for find in (_last_statement, _first_letter, _last_bracketed):
-        letter = find(text)
-        if letter is not None:
-            return letter if letter in letters else None
-    return None
+    letter = (
+        _last_statement(text) or letter_of(named(text) or "", options) or _first_letter(text) or _last_bracketed(text)
+    )
+    return letter if letter in letters else None
 
 
 def options_in(question: str) -> dict[str, str]:

@@ -1,9 +1,9 @@
 r"""MATH-Vision, test: 3,040 problems of mathematics competitions, with five options or a value as answer.
 
 Source: Wang et al., "Measuring Multimodal Mathematical Reasoning with MATH-Vision Dataset" (arXiv 2402.14804),
-github.com/mathllm/MATH-V: the prompt of models/GPT4V.py, scoring of evaluation/evaluate.py: the letter, or the value of
-the right option; values are equal as text, or as numbers of two decimals. Expressions are compared by math-verify here,
-which asks for equality where the authors round both sides to two decimals.
+github.com/mathllm/MATH-V: the prompt of models/Qwen-VL.py, scoring of evaluation/evaluate.py: the letter, or the value
+of the right option; values are equal as text, or as numbers of two decimals. Expressions are compared by math-verify
+here, which asks for equality where the authors round both sides to two decimals.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from avar_lightning.benchmarks.answers import choose, lettered, stated
+from avar_lightning.benchmarks.answers import choose, conclusion, lettered, named, stated
 from avar_lightning.benchmarks.benchmark import Benchmark, Columns
 from avar_lightning.benchmarks.drafting import draft, need
 from avar_lightning.benchmarks.judging import ask_letter, ask_value, read_letter, read_value
@@ -78,9 +78,9 @@ def read(record: Mapping[str, Any], config: ConvertConfig) -> Draft | None:
 
 def extract(response: str, columns: Columns) -> str | None:
     """A letter or what is named as an answer; a number without unit; a list in Python's notation."""
-    value = find_value(response)
     if columns["question_type"] == CHOICE:
-        return choose(response, columns["options"]) or stated(response) or value
+        return choose(response, columns["options"]) or stated(response) or named(conclusion(response)) or None
+    value = find_value(response)
     if value is None:
         return None
     return {"list": list_in, "integer": number_in, "float": number_in}[columns["answer_type"]](value)

@@ -39,7 +39,7 @@ def read_mmmu(record: Mapping[str, Any], config: ConvertConfig) -> Draft | None:
     if not name.startswith("validation_"):
         return None
     question, options = str(need(record, "question")), lettered(literal_list(record, "options"))
-    lines = [question, *([*_bracketed(options), ""] if options else [""])]
+    lines = [question, *([*_bracketed(options), ""] if options else [])]  # with the authors' empty line
     closing = CHOICE_CLOSING if kind == MULTIPLE_CHOICE else OPEN_CLOSING
     answer = need(record, "answer")
     return draft(

@@ -7,15 +7,11 @@ import math
 import re
 from typing import Any
 
-from avar_lightning.benchmarks.answers import conclusion, stated
+from avar_lightning.benchmarks.answers import conclusion, named, stated
 from avar_lightning.rewards import accuracy_reward
 from avar_lightning.rewards.quantity import parse_quantity
 
 MAX_BARE = 40  # characters of a response that is nothing but its answer
-_STATED = re.compile(
-    r"(?i)\b(?:answer|result|solution)\b(?:\s+(?:is|should be|would be)\b\s*:?|\s*:)\s*(?:\*\*)?\s*(\S.*)"
-)
-_SENTENCE = re.compile(r"(?<=[^\s.])\.(?:\s|$)")
 _NUMBER = re.compile(r"(?<![\w.,])[-−+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:/\d+)?(?![\w]|[.,]\d)")
 _LIST = re.compile(r"\[[^\[\]]*\]")
 
@@ -33,9 +29,9 @@ def find_value(response: str) -> str | None:
     if short is not None:
         return short
     text = conclusion(response)
-    found = _STATED.findall(text)
-    if found:
-        return _first_sentence(found[-1]) or None
+    value = named(text)
+    if value is not None:
+        return value or None
     last = text.rsplit("\n", 1)[-1]
     for word in ("is ", "= ", "="):
         tail = last.rpartition(word)[2].strip().rstrip(".")
@@ -115,10 +111,6 @@ def same_value(given: str, right: str, *, decimals: int | None = None) -> bool:
         return False
     ours, theirs = number_in(given), number_in(right)
     return ours is not None and theirs is not None and same_number(ours, theirs, decimals)
-
-
-def _first_sentence(text: str) -> str:
-    return _SENTENCE.split(text, 1)[0].strip().rstrip(".").strip("*$` ")
 
 
 def _written(value: float) -> str:
