@@ -11,7 +11,7 @@ from typing import Any
 
 from avar_lightning.errors import told
 
-COMMANDS = ("convert", "synthesize", "sweep", "export", "doctor")
+COMMANDS = ("convert", "synthesize", "sweep", "export", "report", "doctor")
 
 
 def main(args: Sequence[str] | None = None) -> int:

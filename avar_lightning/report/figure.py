@@ -24,7 +24,7 @@ LOG_SCALE_RATIO = 30.0
 
 GROUP_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's, without the yellow that white paper swallows."""
-_MARKERS, _LINES = "os^DvPX*", ("-", "--", "-.", ":")
+_MARKERS, _LINES = "os^DvPX<", ("-", "--", "-.", ":")
 
 _STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -75,11 +75,10 @@ def group_style(index: int) -> tuple[str, str, str]:
     """Colour, marker and line style of the group with this number; the first 28 differ also in print.
 
     >>> group_style(0), group_style(8)
-    (('#0072B2', 'o', '-'), ('#D55E00', 's', '--'))
+    (('#0072B2', 'o', '-'), ('#D55E00', 'o', '--'))
     """
-    around = index // len(GROUP_COLOURS)
-    marker = _MARKERS[(index + around) % len(_MARKERS)]
-    return GROUP_COLOURS[index % len(GROUP_COLOURS)], marker, _LINES[around % len(_LINES)]
+    line = _LINES[index // len(GROUP_COLOURS) % len(_LINES)]
+    return GROUP_COLOURS[index % len(GROUP_COLOURS)], _MARKERS[index % len(_MARKERS)], line
 
 
 def needs_log_scale(values: ArrayLike) -> bool:
@@ -112,6 +111,18 @@ def format_number(value: float) -> str:
     if value >= 10_000:
         return f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
     return f"{value:.0f}" if value >= 99.5 else f"{value:.1f}" if value >= 0.95 else f"{value:.2f}"
+
+
+def make_logarithmic(axes: Axes, side: str) -> None:
+    """Make an axis on which something was drawn logarithmic, with plain numbers beside it."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    (axes.set_xscale if side == "x" else axes.set_yscale)("log")
+    low, high = axes.get_xlim() if side == "x" else axes.get_ylim()
+    axis = axes.xaxis if side == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 2.0, 5.0), numticks=8))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("e+0", "e").replace("e+", "e")))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def index_ticks(axes: Axes, side: str, labels: Sequence[int]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from avar_lightning.report.correlation import Correlation, pearson, spearman
-from avar_lightning.report.figure import group_style, needs_log_scale, new_figure
+from avar_lightning.report.figure import group_style, make_logarithmic, needs_log_scale, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,7 +71,7 @@ def plot_relation(
             _draw_group(axes, [point for point in shown if point.group == group], index, connect=connect)
         axes.set(xlabel=x + (" (log scale)" if logarithmic else ""), ylabel=y)
         if logarithmic:
-            axes.set_xscale("log")
+            make_logarithmic(axes, "x")
         axes.margins(0.08)
         axes.grid(color="#E5E5E5", linewidth=0.8)
         axes.set_title(title, pad=34)

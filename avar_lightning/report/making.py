@@ -1,0 +1,119 @@
+"""From runs to a page: what `avar report` does."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from avar_lightning.report import together
+from avar_lightning.report.alone import describe
+from avar_lightning.report.page import Section, refuse_existing, write_page
+from avar_lightning.report.runs import Run, open_run
+
+T = TypeVar("T")
+MOST_COLOURS = 7
+"""With more runs, those of one folder share a colour."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """What is reported, and where."""
+
+    runs: Sequence[str]
+    """Folders of runs, `vas/` folders, single measurements, or folders of sweeps."""
+    output: str
+    """Folder of the report."""
+    title: str = "Visual attention of training runs"
+    """Of the page."""
+    accuracy: str = "val/accuracy"
+    """The metric that VAS is drawn against."""
+    overlays: int = 2
+    """Most samples of a run whose attention on the image is shown."""
+    overwrite: bool = False
+    """Replace a report in `output`."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be reported."""
+        if not self.runs:
+            raise ValueError("runs is empty, expected at least one.")
+        if self.overlays < 0:
+            raise ValueError(f"overlays is {self.overlays}, expected 0 (none) or more.")
+
+
+def make_report(config: ReportConfig, *, command: str = "") -> Path:
+    """Write the page and its pictures.
+
+    Args:
+        config: What is reported.
+        command: That asked for it, which the page tells.
+
+    Returns:
+        The page.
+
+    Raises:
+        FileNotFoundError: A run does not exist.
+        ValueError: A run is none.
+        FileExistsError: `output` holds something else, or a report that may not be overwritten.
+    """
+    folder = Path(config.output).expanduser().resolve()
+    refuse_existing(folder, overwrite=config.overwrite)
+    given = list(dict.fromkeys(config.runs))
+    runs = [open_run(path) for path in _with_progress(given, "reading")]
+    name_runs(runs)
+    sections = []
+    if len(runs) > 1:
+        sections.append(_all_runs(runs, config))
+    for number, run in enumerate(_with_progress(runs, "drawing"), start=1):
+        section = describe(run, f"{number:02}_", overlays=config.overlays)
+        if len(runs) == 1 and run.measured:
+            section.parts.insert(0, together.figures_table(runs))
+            section.parts.append(together.relations(runs, config.accuracy, "01_"))
+        sections.append(section)
+    made = f"avar_lightning {version('avar-lightning')}, {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
+    return write_page(folder, config.title, sections, command=command, made=made)
+
+
+def name_runs(runs: Sequence[Run]) -> None:
+    """Give each run the shortest end of its path that no other run has, and a group that shares its colour."""
+    for run in runs:
+        parts = _telling_parts(run.path)
+        for depth in range(2, len(parts) + 1):
+            run.name = "/".join(parts[-depth:])
+            if sum(_telling_parts(other.path)[-depth:] == parts[-depth:] for other in runs) == 1:
+                break
+    folders = Counter(run.name.rpartition("/")[0] for run in runs)
+    shared = len(runs) > MOST_COLOURS and len(folders) < len(runs)
+    for run in runs:
+        run.group = run.name.rpartition("/")[0] if shared else run.name
+
+
+def _telling_parts(path: Path) -> tuple[str, ...]:
+    """Of the vas/ folder of a run, the run's."""
+    return path.parts[1:-1] if path.name == "vas" else path.parts[1:]
+
+
+def _all_runs(runs: Sequence[Run], config: ReportConfig) -> Section:
+    section = Section("All runs")
+    measured = [run for run in runs if run.measured or run.events.scalars or run.summary]
+    if not measured:
+        section.notes.append("No run was measured by VASCallback or logged to TensorBoard.")
+        return section
+    section.parts = [
+        together.figures_table(measured),
+        together.vas_by_step(measured, "all_"),
+        together.relations(measured, config.accuracy, "all_"),
+        together.shares(measured, "all_"),
+        together.training(measured, "all_"),
+    ]
+    return section
+
+
+def _with_progress(items: Sequence[T], what: str) -> Iterable[T]:
+    return tqdm(items, desc=what, unit="run", leave=False, disable=len(items) < 4)
