@@ -127,6 +127,7 @@ def lettered(options: Sequence[str]) -> dict[str, str]:
 
 
 def _last_statement(text: str) -> str | None:
+    text = re.sub(r"\s+", " ", text)  # a model that fell into a loop writes thousands of them
     found = [match for match in _STATED.finditer(text) if not is_word(text, match[1], match.end(1))]
     return found[-1][1] if found else None
 

@@ -77,7 +77,7 @@ def extract(response: str, columns: Columns) -> str | None:
     ('yes', 'no', None)
     """
     short_answer = stated(response)
-    text = conclusion(response) if short_answer is None else short_answer
+    text = " ".join((conclusion(response) if short_answer is None else short_answer).split())
     statements = _STATED.findall(text)
     leading = _LEADING.match(text)
     if statements or leading:

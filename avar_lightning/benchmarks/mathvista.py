@@ -21,6 +21,7 @@ from avar_lightning.conversion.rejecting import BadRecord, short
 
 NAME, HUB, SPLIT = "mathvista", "AI4Math/MathVista", "testmini"
 CHOICE = "multi_choice"
+MAX_COMPARED = 1000  # characters
 HINTS = {
     (CHOICE, None): "Please answer the question and provide the correct option letter, e.g., A, B, C, D, at the end.",
     ("integer", None): "Please answer the question requiring an integer answer and provide the final value, "
@@ -115,7 +116,7 @@ def nearest(text: str, choices: Sequence[str]) -> str:
     >>> nearest("a dogs", ["a cat", "a dog"])
     'a dog'
     """
-    return min(choices, key=lambda choice: edit_distance(text, choice))
+    return min(choices, key=lambda choice: edit_distance(text[:MAX_COMPARED], choice))
 
 
 def edit_distance(ours: str, theirs: str) -> int:

@@ -16,6 +16,7 @@ _NUMBERS = (
     re.compile(r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])"),
 )
 Value = str | float
+MAX_SEARCHED = 1000  # characters of a phrase, from its end, in which numbers are looked for
 
 
 def same_open_answer(response: str, answers: Sequence[str]) -> bool:
@@ -37,7 +38,8 @@ def same_open_answer(response: str, answers: Sequence[str]) -> bool:
 def candidates(response: str) -> list[Value]:
     """Key phrases of a response and the numbers in them, normalised."""
     phrases = key_phrases(response)
-    numbers = [number for phrase in phrases for pattern in _NUMBERS for number in pattern.findall(phrase)]
+    ends = [phrase[-MAX_SEARCHED:] for phrase in phrases]
+    numbers = [number for end in ends for pattern in _NUMBERS for number in pattern.findall(end)]
     return [value for text in (*phrases, *numbers) for value in normalize(text)]
 
 

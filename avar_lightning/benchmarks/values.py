@@ -11,6 +11,7 @@ from avar_lightning.benchmarks.answers import conclusion, named, stated
 from avar_lightning.rewards import accuracy_reward
 from avar_lightning.rewards.quantity import parse_quantity
 
+MAX_VALUE = 1000  # characters of a text that may be a number or a list
 MAX_BARE = 40  # characters of a response that is nothing but its answer
 _NUMBER = re.compile(r"(?<![\w.,])[-−+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:/\d+)?(?![\w]|[.,]\d)")
 _LIST = re.compile(r"\[[^\[\]]*\]")
@@ -48,6 +49,8 @@ def number_in(text: str) -> str | None:
     ('12000', '-3', '0.75', None)
     """
     text = text.strip().strip("*$` ").rstrip(".")
+    if len(text) > MAX_VALUE:
+        return None
     for piece in dict.fromkeys((text, text.rpartition("=")[2].strip(), text.rpartition("≈")[2].strip())):
         quantity = parse_quantity(piece.removeprefix(r"\(").removesuffix(r"\)").strip())
         if quantity is not None:
@@ -62,6 +65,8 @@ def list_in(text: str) -> str | None:
     >>> list_in("They are [0,2, 4]."), list_in("0, 2 and 4"), list_in("none")
     ('[0, 2, 4]', '[0, 2, 4]', None)
     """
+    if len(text) > MAX_VALUE:
+        return None
     found = _LIST.findall(text)
     if not found:
         items = [item for item in re.split(r"\s*(?:,|\band\b)\s*", text.strip().strip("()").rstrip(".")) if item]

@@ -376,3 +376,16 @@ def test_edit_distance_is_the_table_of_levenshtein(ours: str, theirs: str) -> No
 def test_parse_choice_never_guesses() -> None:
     random.seed(0)
     assert {parse_choice("No idea about any of these at all", {"A": "x1", "B": "x2"}) for _ in range(20)} == {None}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_response_that_fell_into_a_loop_is_read_in_no_time(name: str) -> None:
+    kinds = ("multi_choice", "free_form", "open", "free-form", "multiple-choice")
+    texts = ["answer" + " " * 20_000 + "x", "1" * 20_000, "(" * 20_000, f"<answer>1{' ' * 20_000}x</answer>"]
+    for kind in kinds if name.startswith("math") or name == "mmmu" else kinds[-1:]:
+        for text in texts:
+            columns = {"question_type": kind, "answer_type": "list", "options": CATS, "answer": "B", "category": "VD",
+                       "figure_id": "0"}  # fmt: skip
+            extracted = BENCHMARKS[name].extract(text, columns)
+            assert extracted is None or BENCHMARKS[name].score(extracted, columns) is False
