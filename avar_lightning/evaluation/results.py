@@ -85,12 +85,13 @@ def write_results(
     """
     known = published()
     own = columns_of({name: headline(result).value for name, result in results.items()})
+    alike = {name for name, of in known.parts.items() if of == (name,)}
     partly = {name for name, result in results.items() if result["num_samples"] < result["num_questions"]}
     tables = benchmarks_table(
         name="/".join(Path(about["model"]).parts[-2:]),
         columns=known.columns,
         own=own,
-        intervals={n: _percent(headline(results[n])) for n, of in known.parts.items() if of == (n,) and n in results},
+        intervals={name: _percent(headline(results[name])) for name in alike & results.keys()},
         partly={name for name, of in known.parts.items() if partly & set(of)},
         vas=results[VAS_ON]["vas"]["vas"].value if VAS_ON in results else None,
         published=known.rows,
@@ -103,7 +104,7 @@ def write_results(
     )
     write_text(folder / "results.csv", _csv(results))
     write_text(folder / "results.md", f"{tables}\n\n{categories_table(results)}".rstrip() + "\n")
-    figure = plot_benchmarks(results, own=own, columns=known.columns, published=known.rows)
+    figure = plot_benchmarks(results, comparable=alike, published=known.rows)
     figure.savefig(folder / "results.png", dpi=150)
     return tables
 

@@ -98,16 +98,14 @@ def categories_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 def plot_benchmarks(
     results: Mapping[str, Mapping[str, Any]],
     *,
-    own: Mapping[str, float],
-    columns: Mapping[str, str],
+    comparable: Collection[str],
     published: Sequence[Mapping[str, Any]],
 ) -> Figure:
     """Draw the first figure of each benchmark with its interval beside the paper's, and VAS.
 
     Args:
         results: As for `figures_table`.
-        own: The paper's columns of this evaluation, in percent.
-        columns: Name to heading of these.
+        comparable: Benchmarks that are a published column by themselves.
         published: As for `benchmarks_table`; the rows of `LINES` are drawn.
     """
     with new_figure(10.0, 1.6 + 0.42 * len(results)) as figure:
@@ -115,7 +113,7 @@ def plot_benchmarks(
         for row, (name, result) in enumerate(results.items()):
             _interval(left, row, next(iter(result["metrics"].values())), 100.0, "this model" if not row else "")
             _interval(right, row, result["vas"]["vas"], 1.0, "")
-            for line in (line for line in published if line["model"] in LINES and name in own):
+            for line in (line for line in published if line["model"] in LINES and name in comparable):
                 colour, marker = LINES[line["model"]]
                 if name in line["accuracy"]:
                     left.plot([line["accuracy"][name]], [row], marker, color=colour, markersize=5, zorder=2)

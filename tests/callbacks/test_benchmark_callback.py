@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+import yaml
 from PIL import Image
 
-from avar_lightning import interventions
+from avar_lightning import cli, interventions
 from avar_lightning.attention import Intervention
 from avar_lightning.benchmarks import registry
+from avar_lightning.benchmarks.mmstar import MMSTAR
 from avar_lightning.callbacks import BenchmarkCallback, InterventionCallback
 from avar_lightning.data import ShardDataModule
+from avar_lightning.evaluation import judge
 from avar_lightning.interventions import UNSTEERED, Setting, answer, prompt_of
 from tests.callbacks.test_intervention_callback import Foreign
 from tests.evaluation.samples import FIGURES, LETTERS, write_benchmark
+from tests.synthesis.server import ScriptedServer
 
+ROOT = Path(__file__).parents[2]
 WRITTEN = ("samples.jsonl", "results.json", "results.csv", "results.md")
 
 
@@ -193,8 +199,7 @@ def test_rules_of_today_judge_answers_of_yesterday(
     shards: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(tmp_path, [shards["letters"]])
-    kinder = registry.BENCHMARKS["letters"].__class__(**vars(LETTERS) | {"score": lambda *_: True})
-    monkeypatch.setitem(registry.BENCHMARKS, "letters", kinder)
+    monkeypatch.setitem(registry.BENCHMARKS, "letters", replace(LETTERS, score=lambda *_: True))
     read = sum(row["extracted"] is not None for row in lines(tmp_path / "samples.jsonl"))
     assert run(tmp_path, [shards["letters"]])["test/letters/accuracy"] == pytest.approx(read / 5)
     assert read
@@ -273,3 +278,52 @@ def test_samples_of_no_benchmark(make_data: Any, tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="benchmark is None; expected one of"):
         trainer.test(Asked(), make_data(val_batch_size=5).val_dataloader(), verbose=False)
+
+
+def test_through_train_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """As its recipe says, with a judge and an intervention beside it."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(judge, "MAX_WAIT", 0.02)
+    monkeypatch.chdir(tmp_path)
+    server = ScriptedServer()
+    server.texts |= {("reason", item): "(B)" for item in range(6)}
+    write_benchmark(tmp_path / "shards" / "mmstar", "mmstar", 6)
+    write_benchmark(tmp_path / "shards" / "letters", "letters", 2)
+    unread = replace(MMSTAR, extract=lambda *_: None, extraction_prompt=lambda _, columns: f"Item {columns['item']}")
+    monkeypatch.setitem(registry.BENCHMARKS, "mmstar", unread)
+    overlay = {
+        "trainer": {
+            "callbacks+": [
+                {
+                    "class_path": "avar_lightning.callbacks.InterventionCallback",
+                    "init_args": {"max_new_tokens": 4, "reward": "avar_lightning.benchmarks.benchmark_reward"},
+                }
+            ]
+        }
+    }
+    (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(overlay))
+    command = [
+        "test",
+        "--config",
+        str(ROOT / "configs/eval.yaml"),
+        "--data.init_args.test",
+        "shards/{mmstar,letters}/*.tar",
+    ]
+    command += ["--data.init_args.num_workers", "0", "--trainer.accelerator", "cpu"]
+    options = {"output": "out", "max_new_tokens": "4", "judge.model": "reason", "judge.base_url": server.url}
+    for name, value in options.items():
+        command += [f"--trainer.callbacks.init_args.{name}", value]
+    command += ["--config", "overlay.yaml"]
+    try:
+        assert cli.main(command) == 0
+        rows = [row for row in lines(tmp_path / "out" / "samples.jsonl") if row["benchmark"] == "mmstar"]
+        assert [(row["id"], row["extracted"], row["extracted_by"]) for row in rows] == [
+            (f"mmstar-{item}", "B", "judge") for item in range(6)
+        ]
+        assert [row["correct"] for row in rows] == [0, 1, 0] * 2
+        assert len(server.requests) == 6
+        assert "AVAR-Thinker" in (tmp_path / "out" / "results.md").read_text()
+        assert cli.main([*command, "--model.init_args.vlm.pretrained", "demo_sft"]) == 1
+        assert "out holds answers of another evaluation" in capsys.readouterr().err
+    finally:
+        server.stop()

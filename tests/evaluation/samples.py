@@ -55,7 +55,11 @@ def write_benchmark(folder: Path, name: str, count: int) -> str:
         picture = Image.effect_noise((56 + 28 * (index % 2), 56), 90).convert("RGB")
         columns = {"benchmark": name, "item": index, "figure": index // 2, "colour": ["red", "blue"][index % 2]}
         columns |= {"skills": ["look", "count"][: 1 + index % 2]}
-        return Sample(messages, [picture], answer="abc"[index % 3], id=f"{name}-{index}", columns=columns)
+        answer = "abc"[index % 3]
+        if name == "mmstar":  # the real one; its options are what the demo model says of any picture
+            columns |= {"question": "Which?", "options": {"A": "120", "B": "2", "C": "3"}, "category": "math"}
+            answer = answer.upper()
+        return Sample(messages, [picture], answer=answer, id=f"{name}-{index}", columns=columns)
 
     write_shards(map(sample, range(count)), folder, overwrite=True)
     return str(folder)
