@@ -7,8 +7,8 @@ figure only supplements (VS), asked without it, an unclear answer counts as righ
 for Qwen-VL (vlmeval/vlm/qwen2_vl/prompt.py).
 
 Figures of accuracy: aAcc of all questions; fAcc of figures whose questions are all answered right (questions without a
-figure have none); qAcc of questions that are right on each of their figures. The headline is the mean of the three, as
-on the OpenVLM leaderboard, which asks the 951 questions with a figure only: category `figure`, "with".
+figure have none); qAcc of questions that are right on each of their figures. The headline is the mean of the three.
+VLMEvalKit asks the 951 questions with a figure only: category `figure`, "with".
 """
 
 from __future__ import annotations
