@@ -6,14 +6,14 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from avar_lightning.report.answers import completions_part, steered_part
 from avar_lightning.report.attention import plot_vas_map
 from avar_lightning.report.curves import Curve, Panel, plot_curves
-from avar_lightning.report.interventions import plot_differences, plot_sweep
+from avar_lightning.report.events import event_files
 from avar_lightning.report.maps import plot_map_change
 from avar_lightning.report.overlays import overlay_part
 from avar_lightning.report.page import Part, Section, Table, picture
 from avar_lightning.report.runs import QUERIES, Measured, Run
-from avar_lightning.report.steered import METRICS, UNSTEERED, Steered
 from avar_lightning.report.together import plot_layers, written
 
 REDUCED = {
@@ -35,12 +35,8 @@ FAMILIES: list[tuple[str, tuple[str, ...], float]] = [
     ("Accuracy (%)", ("val/accuracy",), 100.0),
 ]
 """Heading, tags and factor of each small picture of the training; other losses and rewards come after them."""
-MOST_ROWS, LONGEST = 8, 600
-SETTING_HEADINGS = {
-    "accuracy": ("Accuracy (%)", 100.0),
-    "vas_ratio_of_means": ("VAS of user tokens", 1.0),
-    "vas_ratio_of_means_response": ("VAS of answers", 1.0),
-}
+LONGEST = 300
+"""Characters of a fact of the configuration."""
 
 
 def describe(run: Run, prefix: str, *, overlays: int) -> Section:
@@ -57,8 +53,10 @@ def describe(run: Run, prefix: str, *, overlays: int) -> Section:
         section.parts.append(overlay_part(run, prefix, most=overlays))
     if run.events.scalars:
         section.parts.insert(1, _training(run, prefix))
-    section.parts += [_completions(run)] if run.completions else []
-    section.parts += [_steered(steered, f"{prefix}{number}_") for number, steered in enumerate(run.steered)]
+    elif event_files(run.path):
+        section.notes.append("The event files hold no numbers yet.")
+    section.parts += [completions_part(run, prefix)] if run.completions else []
+    section.parts += [steered_part(steered, f"{prefix}{number}_") for number, steered in enumerate(run.steered)]
     return section
 
 
@@ -200,63 +198,3 @@ def _by_layer(run: Run, prefix: str) -> Iterator[Part]:
 
 def _when(measured: Measured) -> str:
     return f"step {measured.step}" + (" (baseline)" if measured.baseline else "")
-
-
-def _completions(run: Run) -> Part:
-    part = Part("Completions")
-    for path, rows in run.completions:
-        own = [row for row in rows if row.get("prompt") == rows[0].get("prompt")][:MOST_ROWS]
-        if not own:
-            part.notes.append(f"completions/{path.name} is empty.")
-            continue
-        numbers = [name for name, value in own[0].items() if isinstance(value, float)]
-        caption = (
-            f"“{_text(own[0].get('question'))}” Right answer: {_text(own[0].get('answer'))}. The first prompt of "
-            f"completions/{path.name}."
-        )
-        table = [[_text(row.get("completion")), *(written(_number(row.get(name))) for name in numbers)] for row in own]
-        part.tables.append(Table(["completion", *numbers], table, caption))
-    return part
-
-
-def _steered(steered: Steered, prefix: str) -> Part:
-    part = Part(f"Interventions: {steered.path.parent.name}/{steered.path.name}")
-    rows = []
-    for name, result in steered.results.items():
-        cells = [name]
-        for metric, (_, factor) in SETTING_HEADINGS.items():
-            change = result[f"{metric}_difference"]
-            interval = f" ({factor * change.low:+.2f} to {factor * change.high:+.2f})" + " *" * change.significant
-            known = name != UNSTEERED and math.isfinite(change.mean)
-            cells.append(written(factor * result[metric], percent=factor == 100))
-            cells.append(f"{factor * change.mean:+.2f}{interval}" if known else "")
-        rows.append(cells)
-    headings = ["setting"]
-    for heading, _ in SETTING_HEADINGS.values():
-        headings += [heading, "change"]
-    caption = "Change: mean paired difference with its 95 % bootstrap interval; a star where it leaves out 0."
-    part.tables.append(Table(headings, rows, caption))
-    steered_at_all = {name for name in steered.results if name != UNSTEERED}
-    if steered_at_all:
-        alt = "Change of accuracy and VAS under each setting, with intervals."
-        figure = plot_differences(steered.results)
-        part.pictures.append(
-            picture(f"{prefix}differences", figure, alt=alt, caption=f"{caption} From {steered.path.name}.")
-        )
-    for metric in METRICS if steered.grid and UNSTEERED in steered.results else ():
-        heading = SETTING_HEADINGS[metric][0]
-        figure = plot_sweep(steered.grid, metric, reference=steered.results[UNSTEERED][metric], title=heading)
-        told = f"{heading} at each pair of strengths, and its change; from {steered.path.name}."
-        part.pictures.append(
-            picture(f"{prefix}sweep_{metric}", figure, alt=f"Heat map of {heading} by strengths.", caption=told)
-        )
-    return part
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) else math.nan
-
-
-def _text(value: Any) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= LONGEST else text[:LONGEST] + " …"

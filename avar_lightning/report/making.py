@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from avar_lightning.report import together
 from avar_lightning.report.alone import describe
+from avar_lightning.report.checkpoints import relations
 from avar_lightning.report.page import Section, refuse_existing, write_page
 from avar_lightning.report.runs import Run, open_run
 
@@ -74,7 +75,7 @@ def make_report(config: ReportConfig, *, command: str = "") -> Path:
         section = describe(run, f"{number:02}_", overlays=config.overlays)
         if len(runs) == 1 and run.measured:
             section.parts.insert(0, together.figures_table(runs))
-            section.parts.append(together.relations(runs, config.accuracy, "01_"))
+            section.parts.append(relations(runs, config.accuracy, "01_"))
         sections.append(section)
     made = f"avar_lightning {version('avar-lightning')}, {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
     return write_page(folder, config.title, sections, command=command, made=made)
@@ -108,7 +109,7 @@ def _all_runs(runs: Sequence[Run], config: ReportConfig) -> Section:
     section.parts = [
         together.figures_table(measured),
         together.vas_by_step(measured, "all_"),
-        together.relations(measured, config.accuracy, "all_"),
+        relations(measured, config.accuracy, "all_"),
         together.shares(measured, "all_"),
         together.training(measured, "all_"),
     ]

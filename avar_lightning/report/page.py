@@ -124,9 +124,10 @@ def write_page(folder: Path, title: str, sections: Iterable[Section], *, command
         if folder.exists():
             shutil.rmtree(folder)
         os.rename(unfinished, folder)
-    except BaseException:
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written ({error}); free space, or choose another folder.") from error
+    finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise
     return folder / PAGE
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from avar_lightning.report.attention import plot_shares_by_layer
-from avar_lightning.report.correlation import spearman
 from avar_lightning.report.curves import Curve, Panel, plot_curves
 from avar_lightning.report.figure import format_number
 from avar_lightning.report.page import Part, Table, picture
-from avar_lightning.report.relation import Point, plot_relation
 from avar_lightning.report.runs import QUERIES, Measured, Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLUMNS = {
     "val/accuracy": ("Accuracy (%)", 100.0),
@@ -29,9 +30,9 @@ COLUMNS = {
 """Metric → heading, factor to the shown unit; those that no run has are left out."""
 BEFORE = "before training"
 SCORES = {
-    "mean_of_ratios": ("VAS of {} tokens, mean of ratios", 1.0),
-    "ratio_of_means": ("VAS of {} tokens, ratio of means", 1.0),
-    "share": ("Image share of {} tokens (%)", 100.0),
+    "mean_of_ratios": ("VAS, {}, mean of ratios", 1.0),
+    "ratio_of_means": ("VAS, {}, ratio of means", 1.0),
+    "share": ("Image share, {} (%)", 100.0),
 }
 TRAINING = {
     "train/loss": ("Training loss", 1.0),
@@ -110,40 +111,6 @@ def training(runs: Sequence[Run], prefix: str) -> Part:
     return part
 
 
-def relations(runs: Sequence[Run], accuracy: str, prefix: str) -> Part:
-    """VAS against accuracy over all checkpoints of all runs."""
-    part = Part("VAS against accuracy")
-    checkpoints = _checkpoints(runs, accuracy)
-    if len(checkpoints) < 3:
-        known = sorted({name for run in runs for measured in run.measured for name in measured.metrics})
-        other = f" Measured were {', '.join(known)}; name another with --accuracy." if known else ""
-        part.notes.append(f"{len(checkpoints)} checkpoints have VAS and {accuracy}; a scatter needs at least 3.{other}")
-        return part
-    values = [measured.metrics[accuracy] for _, measured in checkpoints]
-    percent = max(values) <= 1
-    connect = len(_groups(runs)) == len(runs)
-    for query in QUERIES:
-        for reduction, (heading, factor) in SCORES.items():
-            points = [
-                Point(factor * m.scores[query][reduction], (100 if percent else 1) * m.metrics[accuracy], group)
-                for group, m in checkpoints
-                if query in m.scores
-            ]
-            if sum(math.isfinite(point.x) for point in points) < 3:
-                continue
-            label = accuracy.removeprefix("val/").capitalize() + (" (%)" if percent else "")
-            figure = plot_relation(points, x=heading.format(query), y=label, connect=connect)
-            last = _of_last(runs, accuracy, query, reduction)
-            caption = f"{len(points)} checkpoints of {len(runs)} runs, from vas/step_*.json.{last}"
-            alt = f"Scatter of {heading.format(query)} against {label}."
-            part.pictures.append(picture(f"{prefix}relation_{query}_{reduction}", figure, alt=alt, caption=caption))
-    part.notes.append(
-        "Checkpoints of one run, and runs from one base, are not independent, so that intervals over them are too "
-        "narrow. A base that several runs started from counts once."
-    )
-    return part
-
-
 def shares(runs: Sequence[Run], prefix: str) -> Part:
     """Attention of the last measurement of all runs by layer."""
     part = Part("Attention by layer, after training")
@@ -153,7 +120,7 @@ def shares(runs: Sequence[Run], prefix: str) -> Part:
             if run.measured and query in run.measured[-1].shares:
                 by_depth.setdefault(len(run.measured[-1].layers), []).append(run)
         for depth, alike in by_depth.items():
-            groups = {group: [run.measured[-1] for run in alike if run.group == group] for group in _groups(alike)}
+            groups = {group: [run.measured[-1] for run in alike if run.group == group] for group in groups_of(alike)}
             before = [run.measured[0] for run in alike if run.measured[0].baseline and query in run.measured[0].shares]
             if len(before) == len(alike) > 1 and len({_same(m, query) for m in before}) == 1:
                 groups[BEFORE] = before[:1]
@@ -170,7 +137,7 @@ def shares(runs: Sequence[Run], prefix: str) -> Part:
     return part
 
 
-def plot_layers(groups: Mapping[str, Sequence[Measured]], query: str):  # type: ignore[no-untyped-def]
+def plot_layers(groups: Mapping[str, Sequence[Measured]], query: str) -> Figure:
     """Shares by layer of measurements of models with as many layers; of the response, on itself too."""
     measured = [m for own in groups.values() for m in own]
     roles = [role for role in ("system", "user", "image", "response") if all(role in m.shares[query] for m in measured)]
@@ -182,45 +149,21 @@ def plot_layers(groups: Mapping[str, Sequence[Measured]], query: str):  # type: 
     return plot_shares_by_layer(stacked, layers=measured[0].layers, roles=roles, title=f"Where {query} tokens attend")
 
 
-def _checkpoints(runs: Sequence[Run], accuracy: str) -> list[tuple[str, Measured]]:
-    """Group and measurement of every checkpoint; a base that several runs started from is a group of its own."""
-    known = [(run, m) for run in runs for m in run.measured if math.isfinite(m.metrics.get(accuracy, math.nan))]
-    bases = Counter(_base(measured) for _, measured in known if measured.baseline)
-    own = [(run.group, m) for run, m in known if not m.baseline or bases[_base(m)] == 1]
-    shared = {_base(m): (BEFORE, m) for _, m in known if m.baseline and bases[_base(m)] > 1}
-    return own + list(shared.values())
-
-
-def _base(measured: Measured) -> tuple[object, ...]:
-    """By this a base is known again; the same model on the same samples differs in rounding only."""
-    return measured.model, measured.num_samples, *(f"{scores['share']:.4g}" for scores in measured.scores.values())
-
-
-def _of_last(runs: Sequence[Run], accuracy: str, query: str, reduction: str) -> str:
-    """The correlation over the last checkpoints alone, in a sentence."""
-    last = [run.measured[-1] for run in runs if run.measured and query in run.measured[-1].scores]
-    pairs = [(m.scores[query][reduction], m.metrics.get(accuracy, math.nan)) for m in last]
-    rank = spearman([x for x, _ in pairs], [y for _, y in pairs])
-    if rank.n < 4 or not math.isfinite(rank.r):
-        return ""
-    interval = f" ({rank.low:.2f} to {rank.high:.2f})" if math.isfinite(rank.low) else ""
-    return f" Of the last checkpoint of each run alone: Spearman ρ = {rank.r:.2f}{interval}, n = {rank.n}."
-
-
 def _same(measured: Measured, query: str) -> tuple[float, ...]:
     return tuple(np.round(np.concatenate(list(measured.shares[query].values())), 6))
 
 
-def _groups(runs: Sequence[Run]) -> list[str]:
+def groups_of(runs: Sequence[Run]) -> list[str]:
+    """The groups of runs, each once."""
     return list(dict.fromkeys(run.group for run in runs))
 
 
 def _styles(runs: Sequence[Run]) -> dict[str, int]:
-    return {group: number for number, group in enumerate(_groups(runs))}
+    return {group: number for number, group in enumerate(groups_of(runs))}
 
 
 def _colours(runs: Sequence[Run]) -> str:
-    return "Runs of one folder share a colour." if len(_groups(runs)) < len(runs) else ""
+    return "Runs of one folder share a colour." if len(groups_of(runs)) < len(runs) else ""
 
 
 def _panel(

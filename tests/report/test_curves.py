@@ -1,0 +1,72 @@
+"""Small pictures show every value, honestly scaled; changes of maps are what they say."""
+
+import math
+
+import numpy as np
+import pytest
+from matplotlib.colors import LogNorm
+
+from avar_lightning.report.curves import MOST_DRAWN, Curve, Panel, plot_curves
+from avar_lightning.report.figure import group_style
+from avar_lightning.report.maps import plot_map_change
+
+
+def test_a_curve_is_drawn_where_it_is_finite_and_its_baseline_has_a_ring() -> None:
+    curve = Curve("user", {0: 0.5, 1: math.nan, 2: 0.25}, baseline=True)
+    axes = plot_curves([Panel("Image share (%)", [curve], 100.0)]).axes[0]
+    line, ring = axes.lines
+    np.testing.assert_allclose(line.get_xydata(), [[0, 50], [2, 25]])
+    np.testing.assert_allclose(ring.get_xydata(), [[0, 50]])
+    assert axes.get_ylim()[0] == 0
+    assert axes.get_yscale() == "linear"
+
+
+def test_a_panel_is_logarithmic_where_values_span_far_and_empty_panels_are_left_out() -> None:
+    figure = plot_curves([Panel("a", [Curve("x", {0: 1.0, 1: 1e6})]), Panel("b", [Curve("x", {0: math.nan})])])
+    (axes,) = (axes for axes in figure.axes if axes.get_visible())
+    assert axes.get_yscale() == "log"
+    with pytest.raises(ValueError, match="none of 1 panels has a finite value"):
+        plot_curves([Panel("b", [])])
+
+
+def test_a_long_curve_keeps_its_mean_and_gets_a_running_mean() -> None:
+    values = np.random.default_rng(0).normal(5, 1, 10 * MOST_DRAWN)
+    axes = plot_curves([Panel("a", [Curve("x", dict(enumerate(values)))])]).axes[0]
+    faint, bold = axes.lines
+    assert len(faint.get_ydata()) == MOST_DRAWN
+    np.testing.assert_allclose(faint.get_ydata()[0], values[:10].mean())
+    assert np.std(bold.get_ydata()) < 0.5 * np.std(faint.get_ydata())
+
+
+def test_one_legend_names_every_group_once() -> None:
+    curves = [Curve(name, {0: 1.0, 1: 2.0}, style) for style, name in enumerate("aab")]
+    figure = plot_curves([Panel("p", curves), Panel("q", curves)], shared_legend=True)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+
+
+def test_the_first_fifty_six_groups_look_different() -> None:
+    styles = [group_style(number) for number in range(28)]
+    assert len({(colour, line) for colour, _, line in styles}) == 28
+    assert len({(colour, marker) for colour, marker, _ in map(group_style, range(56))}) == 56
+
+
+def test_the_change_of_maps_is_a_difference_and_of_far_apart_scores_a_ratio() -> None:
+    before, after = np.array([[1.0, 2.0], [3.0, math.nan]]), np.array([[2.0, 2.0], [1.0, 4.0]])
+    axes = plot_map_change(before, after, layers=[5, 6]).axes
+    shown = [np.ma.filled(panel.images[0].get_array(), np.nan) for panel in axes[:3]]
+    np.testing.assert_equal(shown, [before, after, after - before])
+    assert axes[0].images[0].norm is axes[1].images[0].norm, "one scale"
+    norm = axes[2].images[0].norm
+    assert -norm.vmin == norm.vmax == 2
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == ["5", "6"]
+
+    figure = plot_map_change([[1.0, 100.0]], [[2.0, 50.0]])
+    np.testing.assert_allclose(figure.axes[2].images[0].get_array(), [[2.0, 0.5]])
+    assert isinstance(figure.axes[2].images[0].norm, LogNorm)
+    assert "ratio" in figure.axes[2].get_title(loc="left")
+
+
+def test_maps_of_degenerate_scores_are_drawn_and_of_other_shapes_refused() -> None:
+    plot_map_change([[math.nan, 0.0]], [[math.nan, 0.0]]).canvas.draw()
+    with pytest.raises(ValueError, match=r"shapes \(1, 2\) and \(2, 1\), expected"):
+        plot_map_change([[1.0, 2.0]], [[1.0], [2.0]])
