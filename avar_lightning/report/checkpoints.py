@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from avar_lightning.report.correlation import spearman
 from avar_lightning.report.page import Part, picture
-from avar_lightning.report.relation import Point, plot_relation
+from avar_lightning.report.relation import Point, correlation_text, plot_relation
 from avar_lightning.report.runs import QUERIES, Measured, Run
 from avar_lightning.report.together import BEFORE, SCORES, groups_of
 
@@ -55,8 +55,7 @@ def _of_last(runs: Sequence[Run], accuracy: str, query: str, reduction: str) -> 
     rank = spearman([x for x, _ in pairs], [y for _, y in pairs])
     if rank.n < 4 or not math.isfinite(rank.r):
         return ""
-    interval = f" ({rank.low:.2f} to {rank.high:.2f})" if math.isfinite(rank.low) else ""
-    return f" Of the last checkpoint of each run alone: Spearman ρ = {rank.r:.2f}{interval}, n = {rank.n}."
+    return f" Of the last checkpoint of each run alone: {correlation_text('Spearman ρ', rank)}, n = {rank.n}."
 
 
 def _checkpoints(runs: Sequence[Run], accuracy: str) -> list[tuple[str, Measured]]:

@@ -49,7 +49,7 @@ def plot_curves(panels: Sequence[Panel], *, title: str = "", shared_legend: bool
     """Draw quantities by step, at most three panels in a row.
 
     Args:
-        panels: What is drawn; a panel is logarithmic where its values are positive and span a factor over 30, and
+        panels: What is drawn; a panel is logarithmic where its curves are positive and span a factor over 30, and
             starts at 0 where they are not negative.
         title: Heading of the picture.
         shared_legend: One legend below for all panels, of the names of all curves, instead of one in each.
@@ -79,25 +79,25 @@ def plot_curves(panels: Sequence[Panel], *, title: str = "", shared_legend: bool
 
 
 def _draw_panel(axes: Axes, panel: Panel, *, legend: bool) -> None:
-    everything = []
+    everything, smooth = [], []
     for curve in panel.curves:
         colour, marker, line = group_style(curve.style)
-        steps, values = _finite(curve, panel.factor)
-        everything.append(values)
+        steps, values = _averaged(*_finite(curve, panel.factor))
         if not len(values):
             continue
+        bold = values if len(values) <= NOISY else running_mean(values, max(3, len(values) // 30))
+        everything.append(values)
+        smooth.append(bold)
         if len(values) > NOISY:
-            steps, values = _averaged(steps, values)
             axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.3)
-            axes.plot(steps, running_mean(values, max(3, len(values) // 30)), line, color=colour, label=curve.name)
-        else:
-            dots = marker if len(values) <= 20 else ""
-            axes.plot(steps, values, line, marker=dots, markersize=4.5, color=colour, label=curve.name)
+        dots = marker if len(values) <= 20 else ""
+        axes.plot(steps, bold, line, marker=dots, markersize=4.5, color=colour, label=curve.name)
         if curve.baseline:
             axes.plot(steps[:1], values[:1], "o", markersize=10, markerfacecolor="none", color=colour)
     values = np.concatenate(everything)
     named = legend and [curve.name for curve in panel.curves] != [panel.heading]
-    if needs_log_scale(values):
+    # Single values of a noisy curve that come near 0 are no reason; percentages show the whole scale.
+    if panel.factor != 100 and values.min() > 0 and needs_log_scale(np.concatenate(smooth)):
         make_logarithmic(axes, "y")
     elif values.min() >= 0:
         # A ratio or a loss starts at zero: a small change must look small.

@@ -102,6 +102,20 @@ def heat_colours(values: NDArray[np.float64]) -> tuple[Colormap, Normalize]:
     return matplotlib.colormaps["viridis"].with_extremes(bad="#BBBBBB"), norm
 
 
+def change_colours(most: float, *, ratio: bool) -> tuple[Colormap, Normalize]:
+    """Colours of a change from orange (less) over white (none) to purple (more), which everybody can tell apart.
+
+    Args:
+        most: Largest change that is told apart; of a ratio, its natural logarithm.
+        ratio: Whether the change is after / before.
+    """
+    import matplotlib
+    from matplotlib.colors import LogNorm, Normalize
+
+    norm = LogNorm(math.exp(-most), math.exp(most)) if ratio else Normalize(-most, most)
+    return matplotlib.colormaps["PuOr"].with_extremes(bad="#BBBBBB"), norm
+
+
 def format_number(value: float) -> str:
     """Write a number in at most six characters.
 

@@ -68,14 +68,13 @@ def make_report(config: ReportConfig, *, command: str = "") -> Path:
     given = list(dict.fromkeys(config.runs))
     runs = [open_run(path) for path in _with_progress(given, "reading")]
     name_runs(runs)
-    sections = []
-    if len(runs) > 1:
-        sections.append(_all_runs(runs, config))
+    side_by_side = [run for run in runs if run.measured or run.events.scalars or run.summary]
+    sections = [_all_runs(side_by_side, config)] if len(side_by_side) > 1 else []
     for number, run in enumerate(_with_progress(runs, "drawing"), start=1):
         section = describe(run, f"{number:02}_", overlays=config.overlays)
-        if len(runs) == 1 and run.measured:
-            section.parts.insert(0, together.figures_table(runs))
-            section.parts.append(relations(runs, config.accuracy, "01_"))
+        if [run] == side_by_side:
+            section.parts.insert(0, together.figures_table([run]))
+            section.parts += [relations([run], config.accuracy, f"{number:02}_")] if run.measured else []
         sections.append(section)
     made = f"avar_lightning {version('avar-lightning')}, {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
     return write_page(folder, config.title, sections, command=command, made=made)
@@ -101,19 +100,14 @@ def _telling_parts(path: Path) -> tuple[str, ...]:
 
 
 def _all_runs(runs: Sequence[Run], config: ReportConfig) -> Section:
-    section = Section("All runs")
-    measured = [run for run in runs if run.measured or run.events.scalars or run.summary]
-    if not measured:
-        section.notes.append("No run was measured by VASCallback or logged to TensorBoard.")
-        return section
-    section.parts = [
-        together.figures_table(measured),
-        together.vas_by_step(measured, "all_"),
-        relations(measured, config.accuracy, "all_"),
-        together.shares(measured, "all_"),
-        together.training(measured, "all_"),
+    parts = [
+        together.figures_table(runs),
+        together.vas_by_step(runs, "all_"),
+        relations(runs, config.accuracy, "all_"),
+        together.shares(runs, "all_"),
+        together.training(runs, "all_"),
     ]
-    return section
+    return Section("All runs", parts=parts)
 
 
 def _with_progress(items: Sequence[T], what: str) -> Iterable[T]:

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from avar_lightning.report.figure import format_number, heat_colours, index_ticks, needs_log_scale, new_figure
+from avar_lightning.report.figure import (
+    change_colours,
+    format_number,
+    heat_colours,
+    index_ticks,
+    needs_log_scale,
+    new_figure,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,18 +81,16 @@ def plot_map_change(
 def _draw_change(
     figure: Figure, axes: Axes, one: NDArray[np.float64], two: NDArray[np.float64], *, logarithmic: bool
 ) -> None:
-    import matplotlib
-    from matplotlib.colors import LogNorm, Normalize
-
     change = two / one if logarithmic else two - one
     size = np.abs(np.log(change)) if logarithmic else np.abs(change)
     finite = size[np.isfinite(size)]
     # A few heads of many must not take the colours from all others.
-    most = max(float(np.quantile(finite, 0.98 if finite.size > MOST_WRITTEN else 1.0)) if finite.size else 0.0, 1e-3)
-    norm = LogNorm(np.exp(-most), np.exp(most)) if logarithmic else Normalize(-most, most)
+    most = max(
+        float(np.quantile(finite, 0.98 if finite.size > MOST_WRITTEN else 1.0)) if finite.size else 0.0,
+        0.1 if logarithmic else 1e-3,
+    )
     shown = np.ma.masked_invalid(change)
-    # From orange over white to blue, which everybody can tell apart.
-    colours = matplotlib.colormaps["PuOr"].with_extremes(bad="#BBBBBB")
+    colours, norm = change_colours(most, ratio=logarithmic)
     picture = axes.imshow(shown, origin="lower", aspect="auto", cmap=colours, norm=norm)
     _write(axes, change, dark=size > 0.6 * most, signed=not logarithmic)
     axes.set_title("change" + (" (ratio)" if logarithmic else ""))
@@ -93,7 +98,7 @@ def _draw_change(
     bar = figure.colorbar(picture, ax=axes, label=label, extend="both" if finite.size > MOST_WRITTEN else "neither")
     if logarithmic:
         ticks = np.exp(np.linspace(-most, most, 5))
-        bar.set_ticks(list(ticks), labels=[format_number(tick) for tick in ticks], minor=False)
+        bar.set_ticks(list(ticks), labels=[f"{tick:.3g}" for tick in ticks], minor=False)
         bar.minorticks_off()
 
 

@@ -86,14 +86,20 @@ def correlations(points: Sequence[Point], *, logarithmic: bool) -> str:
     across, up = [point.x for point in points], [point.y for point in points]
     linear = pearson(np.log10(across) if logarithmic else across, up)
     name = "r (of log x)" if logarithmic else "r"
-    return f"{_written(name, linear)},  n = {linear.n}\n{_written('Spearman ρ', spearman(across, up))}"
+    return f"{correlation_text(name, linear)},  n = {linear.n}\n{correlation_text('Spearman ρ', spearman(across, up))}"
 
 
-def _written(name: str, correlation: Correlation) -> str:
+def correlation_text(name: str, correlation: Correlation) -> str:
+    """A correlation in words, with its interval where it has one."""
     if not math.isfinite(correlation.r):
         return f"{name} is undefined"
-    interval = f" ({correlation.low:.2f} to {correlation.high:.2f})" if math.isfinite(correlation.low) else ""
-    return f"{name} = {correlation.r:.2f}{interval}"
+    ends = f" ({_rounded(correlation.low)} to {_rounded(correlation.high)})" if math.isfinite(correlation.low) else ""
+    return f"{name} = {_rounded(correlation.r)}{ends}"
+
+
+def _rounded(r: float) -> str:
+    """To two decimals, but to more where these would make a perfect correlation of another."""
+    return f"{r:.2f}" if abs(r) < 0.995 or abs(r) == 1 else f"{r:.4f}"
 
 
 def _draw_group(axes: Axes, points: Sequence[Point], index: int, *, connect: bool) -> None:
