@@ -18,12 +18,16 @@ from transformers.utils import is_torchvision_available
 from avar_lightning.families import PROCESSORS_BEHIND_TORCHVISION
 
 DEMO_BASE = Path(__file__).parent / "data" / "demo_base"
-# What ships with the package: the base, and the same after the cold start of configs/avar_sft.yaml.
-SHIPPED = {"demo": DEMO_BASE, "demo_sft": DEMO_BASE.with_name("demo_sft")}
+# What ships with the package: the base, the same after the cold start of configs/avar_sft.yaml, and a smaller base.
+SHIPPED = {
+    "demo": DEMO_BASE,
+    "demo_sft": DEMO_BASE.with_name("demo_sft"),
+    "demo_small": DEMO_BASE.with_name("demo_small"),
+}
 
 
 def resolve_pretrained(pretrained: str | Path) -> str:
-    """The folder or hub name behind `pretrained`; `"demo"` and `"demo_sft"` ship with the package.
+    """The folder or hub name behind `pretrained`; `"demo"`, `"demo_sft"` and `"demo_small"` ship with the package.
 
     Raises:
         FileNotFoundError: A path-like name that is no folder.
@@ -36,7 +40,7 @@ def resolve_pretrained(pretrained: str | Path) -> str:
     if looks_like_path and not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"No model at {name!r}: expected a folder with a config.json (or a hub name like "
-            "'Qwen/Qwen2.5-VL-7B-Instruct', or 'demo', 'demo_sft'); check the path."
+            f"'Qwen/Qwen2.5-VL-7B-Instruct', or one that ships: {', '.join(SHIPPED)}); check the path."
         )
     return str(folder) if folder.is_dir() else name
 
