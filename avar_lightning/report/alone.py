@@ -68,7 +68,7 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
         "seed": run.config.get("seed_everything"),
         "data": _arguments(run.config, "data").get("train") or _arguments(run.config, "data").get("style"),
         "steps": run.summary.get("steps"),
-        "seconds": round(run.summary["seconds"]) if isinstance(run.summary.get("seconds"), float) else None,
+        "seconds": run.summary.get("seconds"),
     }
     guidance, visual = model.get("guidance"), model.get("visual")
     if isinstance(guidance, dict) and guidance.get("form"):
@@ -82,7 +82,7 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
         found["measured"] = f"{len(run.measured)} times, the last at step {last.step} on {last.num_samples} samples"
     for name, value in found.items():
         if value is not None:
-            yield name, str(value)[:LONGEST]
+            yield name, f"{value:.5g}" if isinstance(value, float) else str(value)[:LONGEST]
 
 
 def _arguments(config: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def _thumbnail(folder: Path, names: Any) -> bytes | None:
             small = image.convert("RGB")
         small.thumbnail((320, 320))
         small.save(buffer, format="PNG")
-    except (OSError, ValueError):
+    except (OSError, ValueError, Image.DecompressionBombError):
         return None
     return buffer.getvalue()
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from avar_lightning.report.figure import (
+    as_written,
     format_number,
     group_style,
     heat_colours,
@@ -155,7 +156,15 @@ def plot_shares_by_layer(
                 colour, marker, line = group_style(index)
                 mean = shares[role].mean(axis=0)
                 # So that one layer, or a crowd of lines, can be told apart too.
-                axes.plot(mean, color=colour, linestyle=line, marker=marker, markersize=4, markevery=0.12, label=name)
+                axes.plot(
+                    mean,
+                    color=colour,
+                    linestyle=line,
+                    marker=marker,
+                    markersize=4,
+                    markevery=0.12,
+                    label=as_written(name),
+                )
                 if len(shares[role]) > 1:
                     spread = shares[role].std(axis=0, ddof=1)
                     axes.fill_between(range(len(mean)), mean - spread, mean + spread, color=colour, alpha=0.18, lw=0)
@@ -200,7 +209,7 @@ def plot_overlay(image: Image | ArrayLike, grid: ArrayLike, *, title: str = "Att
         # At least 2, so that the mean is never the brightest colour.
         top = max(float(heat.max()), 2.0)
         veil = covered.imshow(heat, cmap="inferno", alpha=0.6, extent=extent, interpolation="nearest", vmin=0, vmax=top)
-        covered.set_title(title)
+        covered.set_title(as_written(title))
         for axes in (plain, covered):
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set(visible=True, color="#888888", linewidth=0.6)

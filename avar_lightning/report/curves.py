@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from avar_lightning.report.figure import group_style, make_logarithmic, needs_log_scale, new_figure
+from avar_lightning.report.figure import as_written, group_style, make_logarithmic, needs_log_scale, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -91,7 +91,7 @@ def _draw_panel(axes: Axes, panel: Panel, *, legend: bool) -> None:
         if len(values) > NOISY:
             axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.3)
         dots = marker if len(values) <= 20 else ""
-        axes.plot(steps, bold, line, marker=dots, markersize=4.5, color=colour, label=curve.name)
+        axes.plot(steps, bold, line, marker=dots, markersize=4.5, color=colour, label=as_written(curve.name))
         if curve.baseline:
             axes.plot(steps[:1], values[:1], "o", markersize=10, markerfacecolor="none", color=colour)
     values = np.concatenate(everything)
@@ -103,7 +103,7 @@ def _draw_panel(axes: Axes, panel: Panel, *, legend: bool) -> None:
         # A ratio or a loss starts at zero: a small change must look small.
         top = (1.3 if named else 1.08) * float(values.max())
         axes.set_ylim(0, min(top, 105.0) if panel.factor == 100 and not named else top or 1.0)
-    axes.set(xlabel="step", title=panel.heading)
+    axes.set(xlabel="step", title=as_written(panel.heading))
     axes.grid(color="#E5E5E5", linewidth=0.8)
     axes.locator_params(axis="x", nbins=5, integer=True)
     if named:

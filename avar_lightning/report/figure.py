@@ -116,6 +116,15 @@ def change_colours(most: float, *, ratio: bool) -> tuple[Colormap, Normalize]:
     return matplotlib.colormaps["PuOr"].with_extremes(bad="#BBBBBB"), norm
 
 
+def as_written(text: str) -> str:
+    r"""Text of a file as matplotlib should show it: dollars are no mathematics, and no underscore hides a label.
+
+    >>> as_written("a$b$"), as_written("_x")
+    ('a\\$b\\$', ' _x')
+    """
+    return " " * text.startswith("_") + text.replace("$", r"\$")
+
+
 def format_number(value: float) -> str:
     """Write a number in at most six characters.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from avar_lightning.report.figure import format_number, new_figure
+from avar_lightning.report.figure import as_written, format_number, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,7 +54,7 @@ def plot_differences(results: Mapping[str, Mapping[str, Any]]) -> Figure:
             axes.set_title(heading)
             axes.grid(axis="x", color="#E5E5E5", linewidth=0.8)
             axes.tick_params(axis="y", length=0)
-        panels[0].set_yticks(range(len(steered)), list(steered))
+        panels[0].set_yticks(range(len(steered)), [as_written(name) for name in steered])
         panels[0].set_ylim(len(steered) - 0.5, -0.5)
         note = f"; the {MOST_ROWS} largest changes of {num_settings}" if num_settings > MOST_ROWS else ""
         figure.supxlabel(

@@ -65,8 +65,8 @@ def make_report(config: ReportConfig, *, command: str = "") -> Path:
     """
     folder = Path(config.output).expanduser().resolve()
     refuse_existing(folder, overwrite=config.overwrite)
-    given = list(dict.fromkeys(config.runs))
-    runs = [open_run(path) for path in _with_progress(given, "reading")]
+    given = {Path(path).expanduser().resolve(): path for path in config.runs}
+    runs = [open_run(path) for path in _with_progress(list(given.values()), "reading")]
     name_runs(runs)
     side_by_side = [run for run in runs if run.measured or run.events.scalars or run.summary]
     sections = [_all_runs(side_by_side, config)] if len(side_by_side) > 1 else []
@@ -88,6 +88,9 @@ def name_runs(runs: Sequence[Run]) -> None:
             run.name = "/".join(parts[-depth:])
             if sum(_telling_parts(other.path)[-depth:] == parts[-depth:] for other in runs) == 1:
                 break
+    for name, count in Counter(run.name for run in runs).items():
+        for number, run in enumerate([run for run in runs if run.name == name] if count > 1 else []):
+            run.name += f" ({number + 1})"  # a run, and its own vas/ folder
     folders = Counter(run.name.rpartition("/")[0] for run in runs)
     shared = len(runs) > MOST_COLOURS and len(folders) < len(runs)
     for run in runs:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from avar_lightning.report.correlation import Correlation, pearson, spearman
-from avar_lightning.report.figure import group_style, make_logarithmic, needs_log_scale, new_figure
+from avar_lightning.report.figure import as_written, group_style, make_logarithmic, needs_log_scale, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,7 +69,7 @@ def plot_relation(
         axes = figure.add_subplot()
         for index, group in enumerate(groups):
             _draw_group(axes, [point for point in shown if point.group == group], index, connect=connect)
-        axes.set(xlabel=x + (" (log scale)" if logarithmic else ""), ylabel=y)
+        axes.set(xlabel=as_written(x) + (" (log scale)" if logarithmic else ""), ylabel=as_written(y))
         if logarithmic:
             make_logarithmic(axes, "x")
         axes.margins(0.08)
@@ -115,7 +115,7 @@ def _draw_group(axes: Axes, points: Sequence[Point], index: int, *, connect: boo
         marker=marker,
         edgecolors="white",
         linewidths=0.7,
-        label=points[0].group,
+        label=as_written(points[0].group),
         zorder=3,
     )
     for point in points:
@@ -125,5 +125,10 @@ def _draw_group(axes: Axes, points: Sequence[Point], index: int, *, connect: boo
             axes.vlines(point.x, *point.y_interval, color=colour, linewidth=1.2, alpha=0.6, zorder=2)
         if point.label:
             axes.annotate(
-                point.label, (point.x, point.y), (4, 4), textcoords="offset points", fontsize=8, color="#444444"
+                as_written(point.label),
+                (point.x, point.y),
+                (4, 4),
+                textcoords="offset points",
+                fontsize=8,
+                color="#444444",
             )

@@ -173,20 +173,21 @@ def read_measured(path: Path, *, maps: bool = True) -> Measured:
         own = {query: found[query] for query in QUERIES if found.get(query)}
         if not own:
             raise KeyError("user or response")
+        layers = [int(layer) for layer in found["layers"]]
         return Measured(
             path,
             step=int(found["step"]),
             baseline=bool(found.get("baseline")),
             metrics={str(name): number(value) for name, value in _mapping(found.get("metrics")).items()},
             scores={query: {name: number(of.get(name)) for name in REDUCTIONS} for query, of in own.items()},
-            layers=[int(layer) for layer in found["layers"]],
+            layers=layers,
             model=str(found.get("model", "")),
             num_samples=int(found.get("num_samples", 0)),
-            maps={query: _array(of["map"], 2) for query, of in own.items() if maps and of.get("map")},
+            maps={query: _array(of["map"], 2, len(layers)) for query, of in own.items() if maps and of.get("map")},
             shares={
-                query: {role: _array(share, 1) for role, share in of["attention_shares"].items()}
+                query: {role: _array(share, 1, len(layers)) for role, share in of["attention_shares"].items()}
                 for query, of in own.items()
-                if maps and of.get("attention_shares")
+                if maps and {"system", "user", "image"} <= set(of.get("attention_shares") or ())
             },
         )
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
@@ -197,7 +198,7 @@ def read_measured(path: Path, *, maps: bool = True) -> Measured:
 def read_overlays(measured: Measured) -> dict[str, NDArray[np.float64]]:
     """The attention on image tokens (rows, columns) by the id of its sample; for this the whole file is read."""
     found = json.loads(measured.path.read_text()).get("overlays") or []
-    return {str(overlay["id"]): _array(overlay["grid"], 2) for overlay in found if overlay.get("id") is not None}
+    return {str(overlay["id"]): _array(overlay["grid"], 2, None) for overlay in found if overlay.get("id") is not None}
 
 
 def _head(path: Path) -> dict[str, Any]:
@@ -215,10 +216,10 @@ def _head(path: Path) -> dict[str, Any]:
     return found
 
 
-def _array(values: Any, dimensions: int) -> NDArray[np.float64]:
+def _array(values: Any, dimensions: int, rows: int | None) -> NDArray[np.float64]:
     array = np.asarray(values, dtype=float)  # None, for undefined, becomes NaN
-    if array.ndim != dimensions:
-        raise ValueError(f"an array has shape {array.shape}, expected {dimensions} dimensions")
+    if array.ndim != dimensions or rows not in (None, len(array)):
+        raise ValueError(f"an array has shape {array.shape}, expected {dimensions} dimensions of {rows} rows")
     return array
 
 

@@ -103,13 +103,14 @@ def _change(row: Mapping[str, Any], *names: str) -> Change:
 
 
 def _grid(rows: Mapping[str, dict[str, Any]], strengths: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    grid = [
+    grid: list[dict[str, Any]] = [
         {"mode": str(of["mode"]), "image": number(of["image"]), "system": number(of["system"])} | rows[name]
         for name, of in strengths.items()
     ]
     places = {(row["mode"], row["image"], row["system"]) for row in grid}
+    known = all(math.isfinite(row["image"]) and math.isfinite(row["system"]) for row in grid)
     # Of ablations every setting has the same strengths.
-    return grid if len(grid) > 2 and len(places) == len(grid) else []
+    return grid if known and len(grid) > 2 and len(places) == len(grid) else []
 
 
 def _short(error: Exception) -> str:

@@ -44,6 +44,13 @@ def test_one_legend_names_every_group_once() -> None:
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
 
 
+def test_names_with_dollars_and_underscores_are_shown_as_they_are() -> None:
+    curves = [Curve(name, {0: 1.0, 1: 2.0}) for name in (r"$\frac$", "_hidden")]
+    figure = plot_curves([Panel("$_$", curves)])
+    figure.canvas.draw()
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == [r"\$\frac\$", " _hidden"]
+
+
 def test_the_first_fifty_six_groups_look_different() -> None:
     styles = [group_style(number) for number in range(28)]
     assert len({(colour, line) for colour, _, line in styles}) == 28

@@ -21,7 +21,7 @@ from tests.report.written_runs import measurement, write_events, write_measureme
 
 USER: dict[str, Any] = {"response": None}  # fewer pictures, which cost time
 BARE = measurement(3) | {"user": {"share": 0.5}, "response": None}  # of which no picture is drawn
-NASTY = "<img src=x onerror=alert(1)>\"'&amp;"
+NASTY = "<img src=x onerror=alert(1)>\"'&amp;$\\frac$"  # for HTML, shells and matplotlib
 
 
 class Page(HTMLParser):
@@ -212,6 +212,9 @@ def test_runs_get_short_names_and_groups_when_there_are_many() -> None:
     making.name_runs(many)
     assert {run.group for run in many} == {"plain", "share"}
     assert many[0].name == "plain/seed_0"
+    twice = [Run(Path(path), path) for path in ("/r/a/b", "/r/a/b/vas")]
+    making.name_runs(twice)
+    assert [run.name for run in twice] == ["r/a/b (1)", "r/a/b (2)"]
 
 
 @pytest.mark.slow

@@ -92,7 +92,14 @@ def test_what_is_broken_is_named_and_the_rest_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    ["[]", "{}", '{"step": 1, "layers": [], "user": 3}', '{"step": 1, "layers": [0], "user": {"map": [1, 2]}}', "\x00"],
+    [
+        "[]",
+        "{}",
+        '{"step": 1, "layers": [], "user": 3}',
+        '{"step": 1, "layers": [0], "user": {"map": [1, 2]}}',
+        '{"step": 1, "layers": [0, 1], "user": {"map": [[1, 2]]}}',
+        "\x00",
+    ],
 )
 def test_what_is_no_measurement_is_a_sentence(tmp_path: Path, wrong: str) -> None:
     (tmp_path / "step_1.json").write_text(wrong)
