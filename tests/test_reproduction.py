@@ -78,11 +78,11 @@ def test_a_training_is_run_measured_and_not_run_again(tmp_path):
     second = dataclasses.replace(
         recipes.MULTIMODAL, name="second", start=first, options=(*recipes.MULTIMODAL.options, *tiny)
     )
-    training.train_all([second], [0], tmp_path, jobs=1)
+    training.train_all([second], 0, tmp_path, jobs=1)
     weights = [each.folder(tmp_path, 0) / "hf" / "model.safetensors" for each in (first, second)]
     assert weights[0].read_bytes() != weights[1].read_bytes()
     before = [path.stat().st_mtime_ns for path in weights]
-    training.train_all([second], [0], tmp_path, jobs=1)
+    training.train_all([second], 0, tmp_path, jobs=1)
     assert [path.stat().st_mtime_ns for path in weights] == before
     found = results.Results(tmp_path, [0])
     found.measure([second, "demo"], jobs=1)

@@ -39,10 +39,12 @@ def main() -> None:
     if not options.collect:
         models = [model for part in parts.values() for model in part.NEEDS]
         trainings = [model for model in models if isinstance(model, Training)]
-        train_all(trainings, options.seeds, results.root, jobs=options.jobs)
-        results.measure(models, jobs=options.jobs)
-        if "steering" in parts:
-            steering.measure(results, jobs=options.jobs)
+        for seed in options.seeds:  # one after the other, so that an early end leaves whole seeds
+            train_all(trainings, seed, results.root, jobs=options.jobs)
+            mine = Results(results.root, [seed])
+            mine.measure(models, jobs=options.jobs)
+            if "steering" in parts:
+                steering.measure(mine, jobs=options.jobs)
     page.write(results, parts, options.output)
 
 

@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[2]
 SFT, GRPO = "configs/avar_sft.yaml", "configs/avar_grpo.yaml"
 # Nothing is chosen by validation here, so nothing is validated; what came out is measured on the test split.
 UNVALIDATED = ("--trainer.limit_val_batches=0", "--model.init_args.max_new_tokens=0")
-SFT_LENGTH = ("--trainer.max_steps=300", "--data.init_args.batch_size=10")
-GRPO_LENGTH = ("--trainer.max_steps=20",)
+SFT_LENGTH = ("--trainer.max_steps=300", "--data.init_args.batch_size=8")
+GRPO_LENGTH = ("--trainer.max_steps=20", "--data.init_args.batch_size=12")
 NOT_OF_THE_RESULT = ("logger", "callbacks", "log_every_n_steps", "accelerator")
 
 

@@ -15,10 +15,13 @@ from typing import Any
 
 from recipes import Training
 from testing import result_path
+from tqdm import tqdm
 from training import is_finished, run, threads_of
 
 from avar_lightning.processing import resolve_pretrained
 
+TOGETHER = 4
+"""Models that a process measures, since it takes half as long to start as to measure one."""
 Model = Training | str
 """A training, or the name of a model that ships."""
 # Student's t at 97.5 % by degrees of freedom, for intervals of means over few seeds.
@@ -67,11 +70,15 @@ class Results:
         folders = [folder for model in dict.fromkeys(models) for folder in self._folders(model)]
         todo = [folder for folder in folders if is_finished(folder.parent) and not result_path(folder).is_file()]
         script = str(Path(__file__).with_name("testing.py"))
-        parts = [part for index in range(jobs) if (part := todo[index::jobs])]
-        with ThreadPoolExecutor(jobs) as pool:
-            commands = [[sys.executable, script, *map(str, part)] for part in parts]
-            logs = [self.root / "logs" / f"testing_{index}.log" for index in range(len(parts))]
-            list(pool.map(lambda command, log: run(command, log, threads=threads_of(jobs)), commands, logs))
+        parts = [todo[start : start + TOGETHER] for start in range(0, len(todo), TOGETHER)]
+        with tqdm(total=len(todo), desc="tests", disable=not todo) as bar, ThreadPoolExecutor(jobs) as pool:
+
+            def one(index: int) -> None:
+                log = self.root / "logs" / f"testing_{index}.log"
+                run([sys.executable, script, *map(str, parts[index])], log, threads=threads_of(jobs))
+                bar.update(len(parts[index]))
+
+            list(pool.map(one, range(len(parts))))
 
     def _folders(self, model: Model) -> list[Path]:
         if isinstance(model, Training):

@@ -17,26 +17,26 @@ from tqdm import tqdm
 from avar_lightning.data import DemoDataModule
 
 
-def train_all(trainings: Sequence[Training], seeds: Sequence[int], root: Path, *, jobs: int) -> None:
-    """Run each training with each seed, those that others start from first.
+def train_all(trainings: Sequence[Training], seed: int, root: Path, *, jobs: int) -> None:
+    """Run each training with a seed, those that others start from first.
 
     Raises:
         RuntimeError: One failed; the message names its log. What was finished is kept.
     """
     wanted = list(dict.fromkeys(each for training in trainings for each in training.before()))
-    # Seed by seed, so that an early end leaves whole seeds.
-    todo = [(each, seed) for seed in seeds for each in wanted if not is_finished(each.folder(root, seed))]
-    if not todo:
-        return
-    _write_shards(each for each, _ in todo)
-    with tqdm(total=len(todo), desc="trainings", unit="run") as bar, ThreadPoolExecutor(jobs) as pool:
+    todo = [each for each in wanted if not is_finished(each.folder(root, seed))]
+    _write_shards(todo)
+    with (
+        tqdm(total=len(todo), desc=f"trainings of seed {seed}", disable=not todo) as bar,
+        ThreadPoolExecutor(jobs) as pool,
+    ):
 
-        def run(job: tuple[Training, int]) -> None:
-            train(*job, root, threads=threads_of(jobs))
+        def one(training: Training) -> None:
+            train(training, seed, root, threads=threads_of(jobs))
             bar.update()
 
-        for depth in sorted({len(each.before()) for each, _ in todo}):
-            list(pool.map(run, [job for job in todo if len(job[0].before()) == depth]))
+        for depth in sorted({len(each.before()) for each in todo}):
+            list(pool.map(one, [each for each in todo if len(each.before()) == depth]))
 
 
 def is_finished(place: Path) -> bool:
@@ -88,7 +88,7 @@ def run(command: Sequence[str], log: Path, *, threads: int) -> None:
         raise RuntimeError(f"{' '.join(command[1:4])} … ended with status {done.returncode}; read {log}.")
 
 
-def _write_shards(trainings: Any) -> None:
+def _write_shards(trainings: Sequence[Training]) -> None:
     """Once, before runs race for them."""
     for settings in {_data_settings(training) for training in trainings}:
         DemoDataModule(**dict(settings)).prepare_data()
