@@ -31,10 +31,10 @@ from avar_lightning.checkpoints import (
     use_whole_files,
 )
 from avar_lightning.data.collate import IGNORE
+from avar_lightning.decoding import greedy
 from avar_lightning.export import model_card, write_folder
-from avar_lightning.families import placeholder_ids
-from avar_lightning.model import VLMConfig, end_ids, load_model
-from avar_lightning.processing import load_processor, padding_id
+from avar_lightning.model import VLMConfig, load_model
+from avar_lightning.processing import load_processor
 from avar_lightning.rewards import judge
 from avar_lightning.scoring import ScoringConfig, lm_loss
 from avar_lightning.sharding import gathered, load_for_fsdp1, load_sharded, whole_state
@@ -292,12 +292,7 @@ class VLMModule(L.LightningModule):
             tokens = self.model.generate(  # type: ignore[operator]
                 **prompt,
                 **shared,
-                max_new_tokens=self.max_new_tokens,
-                do_sample=False,
-                suppress_tokens=placeholder_ids(self.model.config),
-                pad_token_id=padding_id(self.processor),
-                eos_token_id=end_ids(self.model, self.processor),
-                synced_gpus=False,
+                **greedy(self.model, self.processor, max_new_tokens=self.max_new_tokens),
             )
         return self.processor.batch_decode(tokens[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
 

@@ -105,7 +105,7 @@ class SweepConfig:
         """What answers must have in common to stand beside each other; the grid may grow."""
         names = ("models", "shards", "queries", "layers", "max_new_tokens", "max_samples", "attn_implementation")
         known = {name: getattr(self, name) for name in names}
-        known |= {"device": self.device_name, "dtype": self.dtype_name}
+        known |= {"device": self.device_name, "dtype": self.dtype_name, "decoding": "greedy"}
         known["weights"] = [_stamp(_files_of(name)) for name in self.models]
         known["data"] = _stamp([Path(shard.url) for shard in find_shards(self.shards)])
         return dict(json.loads(json.dumps(known)))

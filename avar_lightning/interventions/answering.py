@@ -14,10 +14,10 @@ from torch.nn.functional import pad
 
 from avar_lightning.attention import LayerSpec, find_vlm, observe_attention, steer_attention
 from avar_lightning.data.collate import Collator, is_sequence
-from avar_lightning.families import placeholder_ids
+from avar_lightning.decoding import greedy
 from avar_lightning.interventions.settings import Setting
 from avar_lightning.model import end_ids, up_to_end
-from avar_lightning.processing import padding_id, tokenizer_of
+from avar_lightning.processing import tokenizer_of
 from avar_lightning.rewards import accuracy_reward, extract_answer
 from avar_lightning.roles import Role
 from avar_lightning.sharding import gathered
@@ -93,6 +93,7 @@ def answer(
     columns: Sequence[Mapping[str, Any]],
     reward: Reward = accuracy_reward,
     layers: LayerSpec | None = None,
+    repetition_penalty: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Generate greedily under a setting, and score what comes.
 
@@ -106,9 +107,11 @@ def answer(
         reward: TRL's signature, `(completions, **columns) -> list[float]`; `accuracy_reward` is asked only for samples
             that have an `answer`.
         layers: Decoder layers in which VAS is measured.
+        repetition_penalty: Of `decoding.greedy`.
 
     Returns:
-        One row a sample: `id`, `completion` and `METRICS`, NaN where undefined.
+        One row a sample: `id`, `completion`, `finished` (whether it ended by itself, and was not cut), `num_tokens` of
+        the answer, its end included, and `METRICS`, NaN where undefined.
     """
     role_ids = prompt["role_ids"]
     vlm = find_vlm(model)
@@ -122,19 +125,17 @@ def answer(
         generate: Any = vlm.generate
         tokens = generate(
             **{name: value for name, value in prompt.items() if name != "role_ids"},
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            suppress_tokens=placeholder_ids(vlm.config),
-            pad_token_id=padding_id(tokenizer),
-            eos_token_id=ends,
-            synced_gpus=False,  # weights are whole
+            **greedy(vlm, processor, max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty),
         )
     new = tokens[:, role_ids.shape[1] :]
     completions = tokenizer.batch_decode(new, skip_special_tokens=True)
     rewards = _score(completions, columns, reward)
     image, system = record.mass_of(Role.IMAGE), record.mass_of(Role.SYSTEM)
     # Of the answer, tokens up to its end were rows; the padding behind it is none of the model's doing.
-    alive = pad(up_to_end(new, ends), (role_ids.shape[1], 0), value=True)[:, : record.role_ids.shape[1]]
+    own = up_to_end(new, ends)
+    alive = pad(own, (role_ids.shape[1], 0), value=True)[:, : record.role_ids.shape[1]]
+    finished = torch.isin(new, torch.tensor(ends, device=new.device)).any(1).tolist()
+    lengths = own.sum(1).tolist()
     masks = {"": record.query_mask(Role.USER), "_response": record.query_mask(Role.RESPONSE) & alive}
     scores = {
         name + suffix: visual_attention_score(image, system, mask.to(image.device), reduction=reduction).tolist()
@@ -142,7 +143,8 @@ def answer(
         for name, reduction in (("vas", "mean_of_ratios"), ("vas_ratio_of_means", "ratio_of_means"))
     }
     return [
-        {"id": column.get("id"), "completion": text, "accuracy": value}
+        {"id": column.get("id"), "completion": text, "finished": finished[index], "num_tokens": lengths[index]}
+        | {"accuracy": value}
         | {name: values[index] for name, values in scores.items()}
         for index, (column, text, value) in enumerate(zip(columns, completions, rewards, strict=True))
     ]
