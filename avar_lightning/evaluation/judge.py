@@ -1,7 +1,7 @@
 """A judge behind an OpenAI-compatible server: asked for what rules cannot read, each question once.
 
-Its replies are kept in `judge.jsonl` by judge and question, so that a later run asks for nothing again. The key is read
-from the environment for each run, and is in no file.
+Its replies are kept in `judge.jsonl` by everything that was asked of whom, so that a later run asks for nothing again.
+The key is read from the environment for each run, and is in no file.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,9 @@ from tenacity import (
 from tenacity.wait import wait_random_exponential
 from tqdm import tqdm
 
+from avar_lightning.evaluation.judge_config import JudgeConfig
 from avar_lightning.files import json_line
 from avar_lightning.synthesis.client import retry_after
-from avar_lightning.synthesis.config import DEMO, StageConfig
 from avar_lightning.synthesis.secret import Secret
 
 CACHE = "judge.jsonl"
@@ -38,51 +37,10 @@ MAX_WAIT = 30.0
 """Longest wait between two tries that no server asked for, in seconds."""
 OF_ONE_QUESTION = (400, 413, 422)
 """Statuses that may be the fault of a single question, as one that is too long."""
+UNFINISHED = ("length", "content_filter")
+"""Why a server ended a reply that the judge had not."""
 MAX_REFUSED = 3
 """Questions that may be refused before any is answered; then it is the settings, and not the questions."""
-
-
-@dataclass
-class JudgeConfig:
-    """Who reads the answers that rules cannot read."""
-
-    model: str
-    """Name of the model on its server."""
-    base_url: str = "http://localhost:8000/v1"
-    """Of an OpenAI-compatible server, e.g. `https://api.openai.com/v1`."""
-    api_key_variable: str | None = None
-    """Environment variable that holds the server's key; no key is sent when unset."""
-    temperature: float | None = 0.0
-    """Of sampling; the server's own when null."""
-    max_tokens: int = 512
-    """Longest reply."""
-    concurrency: int = 8
-    """Questions that are asked together."""
-    timeout: float = 120.0
-    """Seconds for one reply."""
-    patience: float = 120.0
-    """Seconds for which one question is tried again."""
-    extra: dict[str, Any] = field(default_factory=dict)
-    """Further fields of the request's body, e.g. `chat_template_kwargs`."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be asked, and keys in places that are written down."""
-        for name in ("max_tokens", "concurrency", "timeout", "patience"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"judge.{name} is {getattr(self, name)}, expected more than 0.")
-        if self.base_url == DEMO:
-            raise ValueError("judge.base_url is 'demo', expected http(s)://HOST/v1 of a running server.")
-        self.base_url = self._stage.base_url
-
-    @property
-    def api_key(self) -> str | None:
-        """The key, read anew each time so that no configuration holds it."""
-        return self._stage.api_key
-
-    @property
-    def _stage(self) -> StageConfig:
-        """The same as a stage of a synthesis, which knows what a server's address and key may be."""
-        return StageConfig(self.model, self.base_url, self.api_key_variable, extra=self.extra)
 
 
 class _Trouble(Exception):
@@ -200,17 +158,20 @@ class Judge:
             ) from last
 
     def _once(self, client: httpx2.Client, prompt: str) -> str:
-        config = self.config
-        body = {"model": config.model, "messages": [{"role": "user", "content": prompt}], **config.extra}
-        body |= {"max_tokens": config.max_tokens}
-        body |= {} if config.temperature is None else {"temperature": config.temperature}
         try:
-            response = client.post(f"{config.base_url}/chat/completions", json=body)
+            response = client.post(f"{self.config.base_url}/chat/completions", json=self._body(prompt))
         except httpx2.HTTPError as error:
             raise _Trouble(self._secret.clean(f"{type(error).__name__}: {error}")) from None
         if response.status_code != 200:
             raise self._refusal(response)
-        reply = _text_of(response)
+        choice = _choice_of(response)
+        if (reason := choice.get("finish_reason")) in UNFINISHED:
+            raise _Refused(
+                f"the judge {self._name} did not end a reply ({reason}), which is not kept; raise judge.max_tokens "
+                f"({self.config.max_tokens}), or let it think less (judge.extra), and run the same command again.",
+                alone=True,
+            )
+        reply = _text_of(choice)
         if self._secret.is_in(reply):
             raise _Refused(f"the judge {self._name} repeated its key in a reply, which is not kept.", alone=True)
         return reply
@@ -234,8 +195,16 @@ class Judge:
     def _name(self) -> str:
         return f"{self.config.model} at {self.config.base_url}"
 
+    def _body(self, prompt: str) -> dict[str, Any]:
+        """A request: everything that decides a reply, but for the server."""
+        config = self.config
+        own = {"temperature": config.temperature, "max_tokens": config.max_tokens}
+        body = {"model": config.model, "messages": [{"role": "user", "content": prompt}]}
+        return body | config.extra | {name: value for name, value in own.items() if value is not None}
+
     def _key(self, prompt: str) -> str:
-        return hashlib.sha256(json.dumps([self.config.model, prompt]).encode()).hexdigest()
+        asked = json.dumps([self.config.base_url, self._body(prompt)], sort_keys=True)
+        return hashlib.sha256(asked.encode()).hexdigest()
 
     def _cached(self) -> dict[str, str]:
         """Replies of earlier runs; a line that a killed run left half is cut off."""
@@ -249,16 +218,24 @@ class Judge:
         return {line["key"]: line["reply"] for line in lines}
 
 
-def _text_of(response: httpx2.Response) -> str:
-    """The reply in an answer's body.
+def _choice_of(response: httpx2.Response) -> dict[str, Any]:
+    """What an answer's body holds beside its counts.
 
     Raises:
-        _Trouble: It has none.
+        _Trouble: It is no answer.
     """
     try:
-        text = response.json()["choices"][0]["message"]["content"]
+        choice = response.json()["choices"][0]
+        message = choice["message"]
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise _Trouble(f"an answer without a reply ({type(error).__name__})") from error
+    if not isinstance(message, dict):
+        raise _Trouble("an answer without a reply")
+    return dict(choice)
+
+
+def _text_of(choice: Mapping[str, Any]) -> str:
+    text = choice["message"].get("content")
     if not isinstance(text, str) or not text.strip():
         raise _Trouble("an empty reply")
     return text.encode("utf-8", "replace").decode()

@@ -52,8 +52,15 @@ def test_each_question_is_asked_once(server: ScriptedServer, tmp_path: Path) -> 
     assert again.ask(QUESTIONS) == replies
     assert (again.num_asked, again.num_cached) == (0, 6)
     assert len(server.requests) == 6
-    Judge(config(server, model="describe"), tmp_path).ask(QUESTIONS[:1])  # another judge's opinion is another
-    assert len(server.requests) == 7
+    # Another judge's opinion is another, and so is one that was asked otherwise.
+    others = ({"model": "describe"}, {"temperature": None}, {"max_tokens": None}, {"extra": {"seed": 1}})
+    for number, options in enumerate(others, 7):
+        for _ in range(2):
+            assert len(Judge(config(server, **options), tmp_path).ask(QUESTIONS[:1])) == 1
+            assert len(server.requests) == number
+    assert ["temperature" in body for body in server.requests[6:]] == [True, False, True, True]
+    assert ["max_tokens" in body for body in server.requests[6:]] == [True, True, False, True]
+    assert server.requests[-1]["seed"] == 1
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and KEY in path.read_text()]
 
 
@@ -117,6 +124,40 @@ def test_settings_that_hold_for_no_question(server: ScriptedServer, tmp_path: Pa
     assert asking.num_open == 6
 
 
+def test_another_server_is_another_judge(server: ScriptedServer, tmp_path: Path) -> None:
+    other = ScriptedServer(key=KEY)
+    other.texts["reason", 0] = "something else"
+    try:
+        assert Judge(config(server), tmp_path).ask(QUESTIONS[:1])[QUESTIONS[0]].startswith(expected(0))
+        assert Judge(config(other), tmp_path).ask(QUESTIONS[:1]) == {QUESTIONS[0]: "something else"}
+    finally:
+        other.stop()
+
+
+def test_a_reply_that_was_cut_is_not_kept(server: ScriptedServer, tmp_path: Path) -> None:
+    server.texts["reason", 0] = "There are 0 dots"
+    server.faults["reason"].extend(["length", "content_filter"])
+    asking = Judge(config(server, concurrency=1), tmp_path)
+    assert asking.ask(QUESTIONS).keys() == set(QUESTIONS[2:])
+    assert "did not end a reply (length)" in asking.trouble
+    assert "raise judge.max_tokens (512)" in asking.trouble
+    assert (asking.num_open, len(server.requests)) == (2, 6)  # it is not tried again either: temperature is 0
+    again = Judge(config(server, concurrency=1), tmp_path)
+    assert again.ask(QUESTIONS)[QUESTIONS[0]] == "There are 0 dots"
+    assert (again.num_asked, again.num_cached) == (2, 4)
+
+
+def test_a_judge_that_only_thinks_is_not_asked_everything(server: ScriptedServer, tmp_path: Path) -> None:
+    """A server that takes thinking out of the reply has nothing left of one that was cut."""
+    for item in range(6):
+        server.texts["reason", item] = {"content": None, "reasoning_content": "Well, "}
+    server.faults["reason"].extend(["length"] * 6)
+    asking = Judge(config(server, concurrency=1), tmp_path)
+    assert asking.ask(QUESTIONS) == {}
+    assert "raise judge.max_tokens" in asking.trouble
+    assert len(server.requests) <= 4
+
+
 def test_a_reply_that_repeats_the_key_is_not_kept(server: ScriptedServer, tmp_path: Path) -> None:
     server.texts["reason", 0] = f"A, as {KEY} says"
     asking = Judge(config(server), tmp_path)
@@ -165,6 +206,8 @@ def test_only_what_rules_cannot_read_is_judged(server: ScriptedServer, tmp_path:
         ({"api_key_variable": "sk-123"}, "no name of an environment variable"),
         ({"extra": {"api_key": "x"}}, "expected no key there"),
         ({"concurrency": 0}, "judge.concurrency is 0"),
+        ({"max_tokens": 0}, "judge.max_tokens is 0"),
+        ({"extra": {"messages": [], "model": "z"}}, "judge.extra holds 'messages', expected none of"),
     ],
 )
 def test_settings_without_meaning(options: dict[str, Any], says: str) -> None:
