@@ -36,9 +36,9 @@ bench: $(READY)
 	$(PYTHON) benchmarks/lm_loss.py
 	$(PYTHON) benchmarks/doctor_estimates.py
 
-# docs/reproduction.md: about 120 trainings and what is measured of them; goes on where it stopped (hours on 2 cores).
+# docs/reproduction.md: 120 trainings and what is measured of them; goes on where it stopped (hours on 2 cores).
 reproduce: $(READY)
-	$(PYTHON) benchmarks/reproduction
+	$(PYTHON) -m benchmarks.reproduction
 
 # The measured table of the README: every guidance form and query set, several seeds (three quarters of an hour on 2 cores).
 table: $(READY)

@@ -47,7 +47,7 @@ class InterventionCallback(Callback):
         layers: Decoder layers: numbers, `"9-14"` or a part of the depth like `"0.3-0.5"`; every layer when unset.
         heads: Query heads by layer, instead of `layers`.
         ablation: `layers` leaves out one layer at a time, `heads` steers one head at a time, `random_heads` compares
-            the chosen `heads` with as many drawn at random. Needs a single strength and mode.
+            the chosen `heads` with as many of the others drawn at random. Needs a single strength and mode.
         num_random: Draws of `random_heads`.
         seed: Of these draws.
         max_new_tokens: Longest answer.

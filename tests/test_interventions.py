@@ -67,7 +67,11 @@ def test_heads_one_by_one_and_at_random() -> None:
     assert chosen.intervention.heads == {0: [1], 2: [0, 2]}
     drawn = [sorted((layer, h) for layer, heads in s.intervention.heads.items() for h in heads) for s in control]
     assert {len(set(heads)) for heads in drawn} == {3}
-    assert {head for heads in drawn for head in heads} == {(layer, head) for layer in (0, 2, 3) for head in range(3)}
+    everything = {(layer, head) for layer in (0, 2, 3) for head in range(3)}
+    assert {head for heads in drawn for head in heads} == everything - {(0, 1), (2, 0), (2, 2)}
+    many = {0: [0, 1, 2], 2: [0, 2]}  # of which the others are too few
+    _, *crowded = random_heads(Intervention(heads=many), (0, 2, 3), 3, repeats=20, seed=1)
+    assert {(layer, h) for s in crowded for layer, heads in s.intervention.heads.items() for h in heads} == everything
     again = random_heads(Intervention(heads={0: [1], 2: [0, 2]}), (0, 2, 3), 3, repeats=20, seed=1)
     assert [s.intervention.heads for s in again[1:]] == [s.intervention.heads for s in control]
     with pytest.raises(ValueError, match="control for chosen ones"):

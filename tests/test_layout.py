@@ -19,7 +19,7 @@ LIBRARY = sorted((ROOT / "avar_lightning").rglob("*.py"))
 CALLBACKS = sorted((ROOT / "callbacks").rglob("*.py"))
 SHIPPED = [*LIBRARY, *CALLBACKS, ROOT / "train.py"]
 DEVELOPMENT = sorted(path for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
-FIRST_PARTY = {"avar_lightning", "tests"} | {path.stem for path in (ROOT / "benchmarks").rglob("*.py")}
+FIRST_PARTY = {"avar_lightning", "benchmarks", "tests"} | {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
 # Heavy packages that stand behind one file each: every other file asks that one.
 BEHIND_ONE_FILE = {
     "matplotlib": "avar_lightning/report/figure.py",

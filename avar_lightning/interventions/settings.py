@@ -93,7 +93,9 @@ def one_head_each(intervention: Intervention, layers: Sequence[int], num_heads: 
 def random_heads(
     intervention: Intervention, layers: Sequence[int], num_heads: int, *, repeats: int, seed: int = 0
 ) -> list[Setting]:
-    """The chosen heads, and as many heads drawn at random from the whole decoder, several times: a control.
+    """The chosen heads, and as many heads drawn at random from the others, several times: a control.
+
+    Where more than half of the heads are chosen, the draws are from all of them.
 
     Args:
         intervention: On heads.
@@ -108,12 +110,15 @@ def random_heads(
     if intervention.heads is None:
         raise ValueError("random heads are a control for chosen ones; name those with heads={layer: [head, ...]}.")
     everything = [(layer, head) for layer in layers for head in range(num_heads)]
-    count = sum(len(set(heads)) for heads in intervention.heads.values())
+    chosen = {(layer, head) for layer, heads in intervention.heads.items() for head in heads}
+    others = [place for place in everything if place not in chosen]
+    count = len(chosen)
+    pool = others if len(others) >= count else everything
     settings = [Setting("chosen heads", intervention)]
     rng = random.Random(seed)
     for number in range(repeats):
         heads: dict[int, list[int]] = {}
-        for layer, head in sorted(rng.sample(everything, count)):
+        for layer, head in sorted(rng.sample(pool, count)):
             heads.setdefault(layer, []).append(head)
         settings.append(Setting(f"random heads {number}", replace(intervention, heads=heads)))
     return settings

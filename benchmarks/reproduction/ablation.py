@@ -4,46 +4,44 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from recipes import ANCHORED, GUIDED_GRPO, GUIDED_VARS, HINGE_T
-from results import ACCURACY, SHARE, VAS, VAS_ANSWERS, Model, Results, spread, table
-
 from avar_lightning.report import plot_results
+from benchmarks.reproduction.differences import marked, spread, table
+from benchmarks.reproduction.recipes import ANCHORED, GUIDED_GRPO, GUIDED_VARS, HINGE_T, PUBLISHED_U
+from benchmarks.reproduction.results import ACCURACY, SHARE, VAS, VAS_ANSWERS, VAS_PUBLISHED, Model, Results
 
 STEPS: dict[str, tuple[Model, Model | None]] = {
     "base": ("demo", None),
     "+ VARD (anchored responses)": (ANCHORED, "demo"),
     "+ AGTO (hinge, Q = T)": (HINGE_T, ANCHORED),
-    "+ VARS (GRPO with visual reward)": (GUIDED_VARS, HINGE_T),
-    "control: GRPO without VARS": (GUIDED_GRPO, HINGE_T),
+    "control: AGTO as published (Q = U)": (PUBLISHED_U, ANCHORED),
+    "control: + GRPO without VARS": (GUIDED_GRPO, HINGE_T),
+    "+ VARS (share)": (GUIDED_VARS, GUIDED_GRPO),
 }
-"""Each model, and the one that it is compared with."""
+"""Each model, and the one that it is compared with; VARS with the same GRPO without it."""
 NEEDS = [model for model, _ in STEPS.values()]
 PAPER = {"base": (49.1, 7.5), "+ VARD (anchored responses)": (51.0, 10.1), "+ AGTO (hinge, Q = T)": (52.6, 13.8),
-         "+ VARS (GRPO with visual reward)": (56.1, 18.9)}  # fmt: skip
+         "+ VARS (share)": (56.1, 18.9)}  # fmt: skip
 """Accuracy (%) and VAS of the paper's ablation, arXiv 2603.03825."""
 
 
 def write(results: Results, output: Path) -> str:
     """Accuracy and VAS of each step, with what it added."""
+    steps = {name: step for name, step in STEPS.items() if results.of(step[0])}
+    gains = [None if other is None else results.accuracy_difference(model, other) for model, other in steps.values()]
     rows, drawn = [], []
-    for name, (model, before) in STEPS.items():
-        if not results.of(model):
-            continue
-        gained = ["", ""]
-        if before is not None:
-            gained = [
-                f"{results.difference(model, before, ACCURACY).scaled(100):+.1f}",
-                f"{results.difference(model, before, VAS):+.2f}",
-            ]
+    for (name, (model, other)), gain in zip(steps.items(), marked(gains, "+.1f"), strict=True):
+        vas = "" if other is None else f"{results.difference(model, other, VAS):+.2f}"
         rows.append(
-            [name, str(len(results.of(model))), spread(results.values(model, ACCURACY), factor=100), gained[0],
-             spread(results.values(model, VAS), digits=2), gained[1],
+            [name, str(len(results.of(model))), spread(results.values(model, ACCURACY), factor=100), gain,
+             spread(results.values(model, VAS_PUBLISHED), digits=2), spread(results.values(model, VAS), digits=2), vas,
              spread(results.values(model, VAS_ANSWERS), digits=2), *map(str, PAPER.get(name, ("", "")))]
         )  # fmt: skip
         figures = {"accuracy": ACCURACY, "vas": VAS, "share": SHARE}
-        drawn.append({"name": name} | {key: results.values(model, at) for key, at in figures.items()})
-    drawn[0]["reference"] = True
-    plot_results(drawn).savefig(output / "ablation.png", dpi=150)
-    headings = ["model", "seeds", "accuracy (%)", "step (95 %)", "VAS of responses", "step (95 %)",
-                "VAS of own answers", "paper: accuracy", "paper: VAS"]  # fmt: skip
+        row = {"name": name} | {key: results.values(model, at) for key, at in figures.items()}
+        drawn.append(row | {"reference": other is None})
+    if drawn:
+        plot_results(drawn).savefig(output / "ablation.png", dpi=150)
+    headings = ["model", "seeds", "accuracy (%)", "this step, points", "VAS as in the paper (user, mean of ratios)",
+                "VAS of responses (ratio of means)", "this step", "VAS of own answers", "paper: accuracy",
+                "paper: VAS"]  # fmt: skip
     return "\n\n".join([table(headings, rows), "![The steps](results/reproduction/ablation.png)"])

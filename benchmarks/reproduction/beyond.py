@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from recipes import ANCHORED, CONTROLLED, GUIDED, HINGE_T, PUBLISHED_T, REWARDS, Training
-from results import ACCURACY, GAIN, LOSS, SHARE, VAS, VAS_ANSWERS, Results, spread, table
+from avar_lightning.report import Point, plot_relation, plot_results
+from benchmarks.reproduction.differences import Interval, marked, spread, table
+from benchmarks.reproduction.recipes import (
+    ANCHORED,
+    CONTROLLED,
+    GUIDED,
+    HINGE_T,
+    MIXED,
+    PUBLISHED_T,
+    PUBLISHED_WEAK,
+    REWARDS,
+    Training,
+)
+from benchmarks.reproduction.results import (
+    ACCURACY,
+    DESCRIBES,
+    LOSS,
+    NEED,
+    SHARE,
+    SYSTEM_MASS,
+    VAS,
+    VAS_ANSWERS,
+    Model,
+    Results,
+)
 
-from avar_lightning.report import Point, pearson, plot_relation, plot_results
-
-NEEDS = ["demo", "demo_sft", ANCHORED, *GUIDED, *REWARDS.values()]
+NEEDS: list[Model] = [ANCHORED, *GUIDED, MIXED, *REWARDS.values()]
 FIGURES = {"accuracy": ACCURACY, "vas": VAS, "share": SHARE}
+MARGIN = 0.03
+"""Accuracies that differ by less, interval included, count as unchanged; set before anything was measured."""
 
 
 def write(results: Results, output: Path) -> str:
@@ -33,81 +54,89 @@ def write(results: Results, output: Path) -> str:
 
 
 def _guidance(results: Results, output: Path) -> str:
-    models = [model for model in (ANCHORED, *GUIDED) if results.of(model)]
-    rows = [_row(results, model, ANCHORED) for model in models]
-    drawn = [{"name": m.title} | {key: results.values(m, at) for key, at in FIGURES.items()} for m in models]
-    drawn[0]["reference"] = True
-    plot_results(drawn).savefig(output / "guidance.png", dpi=150)
-    headings = ["training", "seeds", "accuracy (%)", "against no guidance (95 %)", "VAS of responses",
-                "image share (%)", "loss of references", "need of the picture (nats)"]  # fmt: skip
+    models: list[Training] = [model for model in (ANCHORED, *GUIDED) if results.of(model)]
+    _draw(results, models, output / "guidance.png")
+    rows = [
+        [model.title, str(len(results.of(model))), spread(results.values(model, ACCURACY), factor=100), gain,
+         spread(results.values(model, VAS), digits=2), spread(results.values(model, SHARE), factor=100),
+         spread(results.values(model, LOSS), digits=3)]
+        for model, gain in zip(models, _gains(results, models, ANCHORED), strict=True)
+    ]  # fmt: skip
+    headings = ["training", "seeds", "accuracy (%)", "against no guidance, points", "VAS of responses",
+                "image share (%)", "loss of references (nats)"]  # fmt: skip
     return f"{table(headings, rows)}\n\n![Guidance](results/reproduction/guidance.png)"
 
 
-def _row(results: Results, model: Training, plain: Training) -> list[str]:
-    against = "" if model == plain else f"{results.difference(model, plain, ACCURACY).scaled(100):+.1f}"
-    return [
-        model.title, str(len(results.of(model))), spread(results.values(model, ACCURACY), factor=100), against,
-        spread(results.values(model, VAS), digits=2), spread(results.values(model, SHARE), factor=100),
-        spread(results.values(model, LOSS), digits=3), spread(results.values(model, GAIN), digits=2),
-    ]  # fmt: skip
-
-
 def _rewards(results: Results, output: Path) -> str:
-    models = {"cold start on mixed styles": "demo_sft"} | {each.title: each for each in REWARDS.values()}
+    models: list[Training] = [model for model in (MIXED, *REWARDS.values()) if results.of(model)]
+    _draw(results, models, output / "rewards.png")
     plain = REWARDS["none"]
-    rows, drawn = [], []
-    for name, model in models.items():
-        if not results.of(model):
-            continue
-        against = (
-            "" if model in ("demo_sft", plain) else f"{results.difference(model, plain, ACCURACY).scaled(100):+.1f}"
-        )
-        rows.append(
-            [name, str(len(results.of(model))), spread(results.values(model, ACCURACY), factor=100), against,
-             spread(results.values(model, VAS_ANSWERS), digits=2), spread(results.values(model, VAS), digits=2),
-             spread(results.values(model, ("describes",)), factor=100)]
-        )  # fmt: skip
-        drawn.append({"name": name} | {key: results.values(model, at) for key, at in FIGURES.items()})
-    drawn[0]["reference"] = True
-    plot_results(drawn).savefig(output / "rewards.png", dpi=150)
-    headings = ["training", "seeds", "accuracy (%)", "against GRPO alone (95 %)", "VAS of own answers",
+    rows = [
+        [model.title, str(len(results.of(model))), spread(results.values(model, ACCURACY), factor=100), gain,
+         spread(results.values(model, VAS_ANSWERS), digits=2), spread(results.values(model, VAS), digits=2),
+         spread(results.values(model, DESCRIBES), factor=100)]
+        for model, gain in zip(models, _gains(results, models, plain), strict=True)
+    ]  # fmt: skip
+    headings = ["training", "seeds", "accuracy (%)", "against GRPO alone, points", "VAS of own answers",
                 "VAS of references", "answers that describe (%)"]  # fmt: skip
     return f"{table(headings, rows)}\n\n![Rewards](results/reproduction/rewards.png)"
 
 
 def _controller(results: Results) -> str:
-    rows = []
-    for other in (PUBLISHED_T, HINGE_T, ANCHORED):
-        gains = [results.difference(CONTROLLED, other, key) for key in (ACCURACY, LOSS)]
-        rows.append([other.title, f"{gains[0].scaled(100):+.1f}", f"{gains[1]:+.4f}"])
+    others = [model for model in (PUBLISHED_T, PUBLISHED_WEAK, HINGE_T, ANCHORED) if results.of(model)]
+    if not results.of(CONTROLLED):
+        return "Not finished."
+    gains = marked([results.accuracy_difference(CONTROLLED, other) for other in others], "+.1f")
+    rows = [
+        [other.title, spread(results.values(other, VAS), digits=2), gain,
+         f"{results.difference(CONTROLLED, other, LOSS):+.4f}"]
+        for other, gain in zip(others, gains, strict=True)
+    ]  # fmt: skip
+    headings = ["controller against", "its VAS of responses", "accuracy, points", "loss of references, nats"]
     held = spread(results.values(CONTROLLED, VAS), digits=2)
-    headings = ["controller against", "accuracy (points, 95 %)", "loss of references (nats, 95 %)"]
     return f"{table(headings, rows)}\n\nVAS of responses under the controller, whose target is 4: {held}."
 
 
 def _gaming(results: Results, output: Path) -> str:
-    models = [model for model in (ANCHORED, *GUIDED) if results.of(model)]
-    points = [
-        Point(x, y, group=model.title)
-        for model in models
-        for x, y in zip(results.values(model, VAS), results.values(model, GAIN), strict=True)
-    ]
-    y = "need of the picture (nats a token)"
-    plot_relation(points, x="VAS of responses, ratio of means", y=y, log_x=True).savefig(output / "gaming.png", dpi=150)
-    rows = []
-    for name, key in (("accuracy", ACCURACY), ("need of the picture", GAIN), ("loss of references", LOSS)):
-        found = _with_vas(results, models, key)
-        rows.append([name, f"{found.r:.2f} ({found.low:.2f} to {found.high:.2f}), n = {found.n}"])
-    return "\n\n".join(
-        [
-            "Need of the picture: how many nats a token the reference responses lose when each question gets the "
-            "picture of another of its kind. A model that uses more of what it sees loses more.",
-            table(["over trainings of one style: correlation of log VAS with", "Pearson r of trainings' means"], rows),
-            "![Need of the picture against VAS](results/reproduction/gaming.png)",
-        ]
-    )
+    arms: list[tuple[Training, Training]] = [(model, ANCHORED) for model in GUIDED]
+    arms += [(model, REWARDS["none"]) for name, model in REWARDS.items() if name != "none"]
+    arms = [(model, plain) for model, plain in arms if results.of(model) and results.of(plain)]
+    gains = [results.accuracy_difference(*arm) for arm in arms]
+    rows, points = [], []
+    for (model, plain), gain in zip(arms, gains, strict=True):
+        vas = results.difference(model, plain, VAS_ANSWERS, relative=True)
+        rows.append(
+            [model.title, f"{vas.scaled(100):+.0f}", _verdict(gain, vas),
+             f"{results.difference(model, plain, NEED).scaled(100):+.1f}",
+             f"{results.difference(model, plain, LOSS):+.4f}",
+             f"{results.difference(model, plain, SYSTEM_MASS, relative=True).scaled(100):+.0f}"]
+        )  # fmt: skip
+    for model in dict.fromkeys(model for arm in arms for model in arm):
+        pairs = zip(results.values(model, VAS_ANSWERS), results.values(model, NEED), strict=True)
+        points += [Point(x, 100 * y, group="RL" if "GRPO" in model.title else "SFT") for x, y in pairs]
+    y = "need of the picture (points of accuracy)"
+    if points:
+        figure = plot_relation(points, x="VAS of own answers, ratio of means", y=y, log_x=True)
+        figure.savefig(output / "gaming.png", dpi=150)
+    headings = ["against the same without it", "VAS of own answers (%)", "accuracy", "need of the picture, points",
+                "loss of references, nats", "attention to the system prompt (%)"]  # fmt: skip
+    return f"{table(headings, rows)}\n\n![Need of the picture against VAS](results/reproduction/gaming.png)"
 
 
-def _with_vas(results: Results, models: Sequence[Training], key: Sequence[str]):  # type: ignore[no-untyped-def]
-    across = [statistics.fmean(map(math.log10, results.values(model, VAS))) for model in models]
-    return pearson(across, [statistics.fmean(results.values(model, key)) for model in models])
+def _verdict(gain: Interval | None, vas: Interval) -> str:
+    """What happened to accuracy while VAS moved."""
+    if gain is None:
+        return "–"
+    if gain.low > -MARGIN and gain.high < MARGIN:
+        return "unchanged, VAS up" if vas.low > 0 else "unchanged"
+    return f"{gain.scaled(100):+.1f}"
+
+
+def _gains(results: Results, models: Sequence[Training], plain: Training) -> list[str]:
+    return marked([None if model == plain else results.accuracy_difference(model, plain) for model in models], "+.1f")
+
+
+def _draw(results: Results, models: Sequence[Training], path: Path) -> None:
+    drawn = [{"name": m.title} | {key: results.values(m, at) for key, at in FIGURES.items()} for m in models]
+    if drawn:
+        plot_results([drawn[0] | {"reference": True}, *drawn[1:]]).savefig(path, dpi=150)

@@ -5,44 +5,61 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from recipes import ANCHORED, HINGE_T, MULTIMODAL, TEXT_ONLY
-from results import ACCURACY, VAS, VAS_ANSWERS, VAS_USER, Results, interval, spread, table
+from numpy.typing import NDArray
 
 from avar_lightning.report import plot_shares_by_layer
+from benchmarks.reproduction.differences import over_seeds, spread, table
+from benchmarks.reproduction.recipes import ANCHORED, HINGE_T, MULTIMODAL, TEXT_ONLY, Training
+from benchmarks.reproduction.results import ACCURACY, VAS, VAS_PUBLISHED, VAS_USER, Model, Results
 
-COLD_STARTS = [MULTIMODAL, TEXT_ONLY, ANCHORED, HINGE_T]
-NEEDS = ["demo", *COLD_STARTS]
+COLD_STARTS: list[Training] = [MULTIMODAL, TEXT_ONLY, ANCHORED, HINGE_T]
+NEEDS: list[Model] = ["demo", *COLD_STARTS]
+MEASURES = {"user, mean of ratios (the paper's)": VAS_PUBLISHED, "user": VAS_USER, "responses": VAS}
+CONTRASTS = [*((each, "demo") for each in COLD_STARTS), (TEXT_ONLY, MULTIMODAL), (ANCHORED, MULTIMODAL)]
+ROLES = ("system", "user", "image")
 
 
 def write(results: Results, output: Path) -> str:
-    """Change of VAS against the base, and where attention goes by layer."""
-    base = results.of("demo")[0]
+    """VAS of each, relative changes by seed, and where attention goes by layer."""
     rows = [
-        ["base", "1", spread(results.values("demo", ACCURACY), factor=100),
-         *(spread(results.values("demo", key), digits=2) for key in (VAS_USER, VAS, VAS_ANSWERS)), "", ""]
+        [_title(model), str(len(results.of(model))), spread(results.values(model, ACCURACY), factor=100),
+         *(spread(results.values(model, key), digits=2) for key in MEASURES.values())]
+        for model in results.finished(NEEDS)
     ]  # fmt: skip
-    for training in COLD_STARTS:
-        if not results.of(training):
-            continue
-        changes = []
-        for key in (VAS_USER, VAS):
-            before = results.values("demo", key)[0]
-            changes.append(f"{interval([100 * (x / before - 1) for x in results.values(training, key)]):+.0f}")
-        rows.append(
-            [training.title, str(len(results.of(training))), spread(results.values(training, ACCURACY), factor=100),
-             *(spread(results.values(training, key), digits=2) for key in (VAS_USER, VAS, VAS_ANSWERS)), *changes]
-        )  # fmt: skip
-    pictures = []
+    changes = [
+        [f"{_title(model)} against {_title(other)}",
+         *(f"{results.difference(model, other, key, relative=True).scaled(100):+.0f}" for key in MEASURES.values())]
+        for model, other in CONTRASTS
+        if results.of(model) and results.of(other)
+    ]  # fmt: skip
+    parts = [
+        table(["model", "seeds", "accuracy (%)", *(f"VAS of {name}" for name in MEASURES)], rows),
+        table(["change (%) of VAS of", *MEASURES], changes),
+    ]
     for query, words in (("user", "user tokens"), ("response", "responses")):
-        groups = {"base": _shares([base], query)}
-        groups |= {each.title: _shares(results.of(each), query) for each in COLD_STARTS if results.of(each)}
+        groups = {_title(model): _shares(results, model, query) for model in results.finished(NEEDS)}
         figure = plot_shares_by_layer(groups, title=f"Where attention of {words} goes")
         figure.savefig(output / f"shares_{query}.png", dpi=150)
-        pictures.append(f"![Attention of {words} by layer](results/reproduction/shares_{query}.png)")
-    headings = ["model", "seeds", "accuracy (%)", "VAS of user tokens", "VAS of responses", "VAS of own answers"]
-    return "\n\n".join([table([*headings, "change, user tokens (%)", "change, responses (%)"], rows), *pictures])
+        parts.append(f"![Attention of {words} by layer](results/reproduction/shares_{query}.png)")
+        parts.append(_by_layer(results, query, words))
+    return "\n\n".join(parts)
 
 
-def _shares(measured: list[dict], query: str) -> dict[str, np.ndarray]:
-    parts = [each["references"][query]["attention_shares"] for each in measured]
-    return {role: np.array([part[role] for part in parts]) for role in ("system", "user", "image")}
+def _by_layer(results: Results, query: str, words: str) -> str:
+    """Change of the image's share against the base in each layer, in points."""
+    base = _shares(results, "demo", query)["image"][0]
+    rows = []
+    for training in results.finished(COLD_STARTS):
+        change = 100 * (_shares(results, training, query)["image"] - base)
+        rows.append([_title(training), *(f"{over_seeds(list(layer)):+.1f}" for layer in change.T)])
+    headings = [f"layer {layer}" for layer in range(len(base))]
+    return table([f"image's share of attention of {words}, change against the base (points)", *headings], rows)
+
+
+def _shares(results: Results, model: Model, query: str) -> dict[str, NDArray[np.float64]]:
+    parts = [each["references"][query]["attention_shares"] for each in results.of(model).values()]
+    return {role: np.array([part[role] for part in parts]) for role in ROLES}
+
+
+def _title(model: Model) -> str:
+    return "base" if isinstance(model, str) else model.title

@@ -1,19 +1,15 @@
-"""The page of the findings: each part's measured section, behind what is said of it by hand."""
+"""The page of the findings: what is measured goes between marks, among what is said of it by hand."""
 
 from __future__ import annotations
 
-import json
-import platform
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import date
-from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
-import torch
-from results import Results
-from testing import NUM_SAMPLES
+from avar_lightning.files import write_text
+from benchmarks.reproduction.results import Results
 
 PAGE, PICTURES = "reproduction.md", Path("results") / "reproduction"
 
@@ -29,13 +25,15 @@ def write(results: Results, parts: Mapping[str, ModuleType], docs: Path) -> None
     path = docs / PAGE
     text = path.read_text()
     for name, part in parts.items():
-        section = f"{part.write(results, output)}\n\n{_circumstances(results, name)}"
-        text = _replaced(text, name, section, path)
-    path.write_text(text)
+        measured = results.finished(part.NEEDS)
+        section = part.write(results, output) if measured else "Nothing is finished yet."
+        text = replaced(text, name, f"{section}\n\n{_circumstances(results, name, part)}", path)
+    write_text(path, text)
     print(path)
 
 
-def _replaced(text: str, name: str, section: str, path: Path) -> str:
+def replaced(text: str, name: str, section: str, path: Path) -> str:
+    """The page with another section between a part's marks."""
     begin, end = f"<!-- measured: {name} -->", f"<!-- end of {name} -->"
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
     if not pattern.search(text):
@@ -43,16 +41,14 @@ def _replaced(text: str, name: str, section: str, path: Path) -> str:
     return pattern.sub(lambda _: f"{begin}\n\n{section}\n\n{end}", text)
 
 
-def _circumstances(results: Results, name: str) -> str:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    versions = ", ".join(f"{package} {metadata.version(package)}" for package in ("torch", "transformers"))
+def _circumstances(results: Results, name: str, part: ModuleType) -> str:
+    """On what it was measured, as the measurements themselves say."""
+    found = [each for model in part.NEEDS for each in results.of(model).values()]
+    devices = ", ".join(sorted({each["device"] for each in found})) or "–"
+    versions = sorted({f"{name} {number}" for each in found for name, number in each["versions"].items()})
+    questions = ", ".join(sorted({str(each["num_samples"]) for each in found}))
     seeds = ", ".join(map(str, results.seeds))
     return (
-        f"*{NUM_SAMPLES} test questions; seeds {seeds}; intervals over seeds are Student's, over questions bootstrap, "
-        f"95 %; {device}, {versions}; {date.today()}; `python benchmarks/reproduction {name}`.*"
+        f"*{questions} test questions; seeds {seeds} where finished; {devices}; {', '.join(versions)}; "
+        f"{date.today()}; `python -m benchmarks.reproduction {name}`.*"
     )
-
-
-def seconds_of(folders: Iterable[Path]) -> float:
-    """What trainings took, by their own clocks."""
-    return sum(json.loads((folder / "summary.json").read_text())["seconds"] for folder in folders)

@@ -82,32 +82,38 @@ DIRECT = _style("direct", "answers at once", "direct")
 MULTIMODAL = _style("multimodal", "multimodal cold start", "reasoned")
 TEXT_ONLY = _style("text_only", "text-only cold start", "reasoned", "--data.init_args.train_pictures=false")
 ANCHORED = _style("anchored", "anchored cold start", "anchored")
+MIXED = _style("mixed", "cold start on mixed styles", "mixed")
 # Guidance
 LAYERS = "--model.init_args.guidance.layers"
 CONTROLLER = (
     "--trainer.callbacks+=avar_lightning.callbacks.GuidanceController",
     "--trainer.callbacks.init_args.target=4",
 )
+WEAK = ("--model.init_args.guidance.alpha=0.015", "--model.init_args.guidance.beta=0.015")
 HINGE_T = _guided("hinge_T", "hinge, Q = T", "hinge")
 HINGE_U = _guided("hinge_U", "hinge, Q = U", "hinge", "user")
 HINGE_UT = _guided("hinge_UT", "hinge, Q = U∪T", "hinge", "user,response")
 SHARE_T = _guided("share_T", "share, Q = T", "share")
 PUBLISHED_U = _guided("published_U", "published, Q = U", "published", "user")
 PUBLISHED_T = _guided("published_T", "published, Q = T", "published")
+PUBLISHED_WEAK = _guided("published_T_weak", "published, Q = T, a tenth of the weight", "published", "response", *WEAK)
 HINGE_LOWER = _guided("hinge_lower", "hinge, Q = T, layers 0 and 1", "hinge", "response", f"{LAYERS}=[0,1]")
 HINGE_UPPER = _guided("hinge_upper", "hinge, Q = T, layers 2 and 3", "hinge", "response", f"{LAYERS}=[2,3]")
 CONTROLLED = _guided("controlled", "published, Q = T, held at VAS 4", "published", "response", *CONTROLLER)
-GUIDED = [HINGE_T, HINGE_U, HINGE_UT, SHARE_T, PUBLISHED_U, PUBLISHED_T, HINGE_LOWER, HINGE_UPPER, CONTROLLED]
+GUIDED = [
+    *(HINGE_T, HINGE_U, HINGE_UT, SHARE_T, PUBLISHED_U, PUBLISHED_T, PUBLISHED_WEAK),
+    *(HINGE_LOWER, HINGE_UPPER, CONTROLLED),
+]
 # A smaller model
 SMALL = _style("small_anchored", "small model, anchored cold start", "anchored", start="demo_small")
 SMALL_GUIDED = _guided("small_hinge_T", "small model, hinge, Q = T", "hinge", start="demo_small")
-# Reinforcement learning: from the cold start on mixed styles that ships, and from the guided one
+# Reinforcement learning: from a cold start on mixed styles, which leaves something to choose, and from the guided one
 REWARDS = {
-    "none": _grpo("grpo", "GRPO", "none", "demo_sft"),
-    "ratio": _grpo("vars_ratio", "GRPO + VARS, ratio", "ratio", "demo_sft"),
-    "log": _grpo("vars_log", "GRPO + VARS, log", "log", "demo_sft"),
-    "share": _grpo("vars_share", "GRPO + VARS, share", "share", "demo_sft"),
-    "tanh": _grpo("vars_tanh", "GRPO + VARS, tanh", "tanh", "demo_sft"),
+    "none": _grpo("grpo", "GRPO", "none", MIXED),
+    "ratio": _grpo("vars_ratio", "GRPO + VARS, ratio", "ratio", MIXED),
+    "log": _grpo("vars_log", "GRPO + VARS, log", "log", MIXED),
+    "share": _grpo("vars_share", "GRPO + VARS, share", "share", MIXED),
+    "tanh": _grpo("vars_tanh", "GRPO + VARS, tanh", "tanh", MIXED),
 }
 GUIDED_GRPO = _grpo("guided_grpo", "+ GRPO without VARS", "none", HINGE_T)
 GUIDED_VARS = _grpo("guided_vars", "+ VARS", "share", HINGE_T)

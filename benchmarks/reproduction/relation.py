@@ -2,87 +2,94 @@
 
 from __future__ import annotations
 
-import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from recipes import (
+
+from avar_lightning.report import Correlation, Point, pearson, plot_relation, spearman
+from benchmarks.reproduction.differences import spread, table
+from benchmarks.reproduction.recipes import (
     ANCHORED,
     DIRECT,
     GUIDED,
     GUIDED_GRPO,
     GUIDED_VARS,
+    MIXED,
     MULTIMODAL,
+    PUBLISHED_T,
     REWARDS,
     SMALL,
     SMALL_GUIDED,
     TEXT_ONLY,
 )
-from results import ACCURACY, VAS, VAS_ANSWERS, VAS_PUBLISHED, VAS_USER, Model, Results, spread, table
-
-from avar_lightning.report import Correlation, Point, pearson, plot_relation, spearman
+from benchmarks.reproduction.results import ACCURACY, VAS, VAS_ANSWERS, VAS_PUBLISHED, VAS_USER, Model, Results
 
 KINDS: dict[str, list[Model]] = {
-    "base": ["demo", "demo_small", "demo_sft"],
-    "data": [DIRECT, MULTIMODAL, TEXT_ONLY, ANCHORED, SMALL],
+    "base": ["demo", "demo_small"],
+    "data": [DIRECT, MULTIMODAL, TEXT_ONLY, MIXED, ANCHORED, SMALL],
     "guidance": [*GUIDED, SMALL_GUIDED],
     "RL": [*REWARDS.values(), GUIDED_GRPO, GUIDED_VARS],
 }
 NEEDS = [model for models in KINDS.values() for model in models]
+TITLES = {"demo": "base", "demo_small": "small base"}
 MEASURES = {
+    "user tokens, mean of ratios (the paper's)": VAS_PUBLISHED,
+    "user tokens, ratio of means": VAS_USER,
     "responses, ratio of means": VAS,
     "own answers, ratio of means": VAS_ANSWERS,
-    "user tokens, ratio of means": VAS_USER,
-    "user tokens, mean of ratios (the paper's)": VAS_PUBLISHED,
 }
 
 
 def write(results: Results, output: Path) -> str:
-    """Scatter and correlations, over trainings and over all checkpoints."""
-    models = {model: kind for kind, each in KINDS.items() for model in each if results.of(model)}
-    points = []
-    for model, kind in models.items():
-        for x, y in zip(results.values(model, VAS), results.values(model, ACCURACY), strict=True):
-            points.append(Point(x, 100 * y, group=kind))
-    figure = plot_relation(points, x="VAS of responses, ratio of means", y="accuracy (%)", log_x=True)
-    figure.savefig(output / "relation.png", dpi=150)
+    """Scatter and correlations; the unit is a training, since its seeds are not independent of each other."""
+    models = results.finished(NEEDS)
+    kind_of = {model: kind for kind, each in KINDS.items() for model in each}
+    points = [
+        Point(
+            statistics.fmean(results.values(model, VAS)),
+            100 * statistics.fmean(results.values(model, ACCURACY)),
+            group=kind_of[model],
+            x_interval=_range(results.values(model, VAS)),
+            y_interval=_range([100 * value for value in results.values(model, ACCURACY)]),
+        )
+        for model in models
+    ]
+    x, y = "VAS of responses, ratio of means", "accuracy (%)"
+    plot_relation(points, x=x, y=y, log_x=True).savefig(output / "relation.png", dpi=150)
+    subsets: dict[str, list[Model]] = {
+        "all": models,
+        "all but published, Q = T": [m for m in models if m != PUBLISHED_T],
+    }
+    subsets |= {kind: [model for model in each if model in models] for kind, each in KINDS.items() if kind != "base"}
     rows = []
     for name, key in MEASURES.items():
-        found: dict[str, list[Correlation]] = {}
-        for label, chosen in (
-            ("all", list(models)),
-            ("one style of data: anchored", [ANCHORED, *(model for model in GUIDED if model in models)]),
-        ):
-            xs = [[math.log10(value) for value in results.values(model, key)] for model in chosen]
-            ys = [[100 * value for value in results.values(model, ACCURACY)] for model in chosen]
-            means = [statistics.fmean(x) for x in xs], [statistics.fmean(y) for y in ys]
-            every = np.concatenate(xs), np.concatenate(ys)
-            found[label] = [pearson(*means), spearman(*means), pearson(*every)]
-        for label, correlations in found.items():
-            rows.append([name, label, *map(_written, correlations)])
+        for label, chosen in subsets.items():
+            across = np.array([statistics.fmean(results.values(model, key)) for model in chosen])
+            up = [statistics.fmean(results.values(model, ACCURACY)) for model in chosen]
+            found = pearson(across, up), pearson(np.log10(across), up), spearman(across, up)
+            rows.append([name, label, str(len(chosen)), *map(_written, found)])
     by_model = [
-        [_title(model), kind, str(len(results.of(model))), spread(results.values(model, ACCURACY), factor=100),
-         spread(results.values(model, VAS), digits=2), spread(results.values(model, VAS_USER), digits=2)]
-        for model, kind in models.items()
+        [TITLES.get(model, "") if isinstance(model, str) else model.title, kind_of[model], str(len(results.of(model))),
+         spread(results.values(model, ACCURACY), factor=100),
+         *(spread(results.values(model, key), digits=2) for key in MEASURES.values())]
+        for model in models
     ]  # fmt: skip
-    headings = ["VAS of", "models", "Pearson r of trainings' means", "Spearman", "Pearson r of all checkpoints"]
+    checkpoints = sum(len(results.of(model)) for model in models)
     return "\n\n".join(
         [
-            f"{len(points)} checkpoints of {len(models)} trainings. Correlations are of accuracy with the logarithm of "
-            "VAS; intervals take checkpoints as independent, which seeds of one training are not, so the means over "
-            "seeds come first.",
+            f"{checkpoints} checkpoints of {len(models)} models; a dot is the mean over seeds, its bars their range.",
             "![Accuracy against VAS](results/reproduction/relation.png)",
-            table(headings, rows),
-            table(["model", "kind", "seeds", "accuracy (%)", "VAS of responses", "VAS of user tokens"], by_model),
+            table(["VAS of", "models", "n", "Pearson r", "Pearson r with log VAS", "Spearman"], rows),
+            table(["model", "kind", "seeds", "accuracy (%)", *(f"VAS of {name}" for name in MEASURES)], by_model),
         ]
     )
 
 
-def _title(model: Model) -> str:
-    titles = {"demo": "base", "demo_small": "small base", "demo_sft": "cold start on mixed styles"}
-    return titles[model] if isinstance(model, str) else model.title
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    return min(values), max(values)
 
 
 def _written(found: Correlation) -> str:
-    return f"{found.r:.2f} ({found.low:.2f} to {found.high:.2f}), n = {found.n}"
+    return f"{found.r:.2f} ({found.low:.2f} to {found.high:.2f})"

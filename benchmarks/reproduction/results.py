@@ -1,32 +1,33 @@
-"""What the runs' own files say: measurements on the test split by training and seed, and differences with intervals."""
+"""What the runs' own files say: measurements on the test split, by model and seed."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
+import os
 import shutil
-import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes import Training
-from testing import result_path
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
-from training import is_finished, run, threads_of
 
 from avar_lightning.processing import resolve_pretrained
+from benchmarks.reproduction.differences import Interval, crossed, over_seeds
+from benchmarks.reproduction.recipes import Training
+from benchmarks.reproduction.testing import answers_path, held_out, result_path
+from benchmarks.reproduction.training import is_finished, run, threads_of
 
 TOGETHER = 4
 """Models that a process measures, since it takes half as long to start as to measure one."""
 Model = Training | str
 """A training, or the name of a model that ships."""
-# Student's t at 97.5 % by degrees of freedom, for intervals of means over few seeds.
-STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-# Of a measurement: what is read, and how it is called in tables, with the factor to the unit that is shown.
+# Of a measurement: what is read.
 ACCURACY = ("accuracy",)
 VAS = ("references", "response", "ratio_of_means")
 VAS_USER = ("references", "user", "ratio_of_means")
@@ -34,7 +35,9 @@ VAS_PUBLISHED = ("references", "user", "mean_of_ratios")
 VAS_ANSWERS = ("answers", "vas_ratio_of_means_response")
 SHARE = ("references", "response", "share")
 LOSS = ("reference_loss",)
-GAIN = ("picture_gain",)
+SYSTEM_MASS = ("system_mass",)
+NEED = ("need_of_picture",)
+DESCRIBES = ("describes",)
 
 
 @dataclass
@@ -44,111 +47,84 @@ class Results:
     root: Path
     seeds: Sequence[int]
 
-    def of(self, model: Model) -> list[dict[str, Any]]:
-        """One measurement a finished seed; of a shipped model, one."""
-        paths = [result_path(folder) for folder in self._folders(model)]
-        return [json.loads(path.read_text()) for path in paths if path.is_file()]
+    def of(self, model: Model) -> dict[int, dict[str, Any]]:
+        """The measurement of each seed that is finished; of a shipped model, seed 0's stands for all."""
+        found = {}
+        for seed, folder in self._folders(model).items():
+            path = result_path(folder)
+            if path.is_file():
+                found[seed] = json.loads(path.read_text())
+        return found
 
     def values(self, model: Model, key: Sequence[str]) -> list[float]:
         """One figure of each."""
-        return [_at(result, key) for result in self.of(model)]
+        return [_at(result, key) for result in self.of(model).values()]
 
-    def by_seed(self, model: Model, key: Sequence[str]) -> dict[int, float]:
-        """One figure of each finished seed; a shipped model is the same for all."""
-        if isinstance(model, str):
-            return dict.fromkeys(self.seeds, _first(self, model, key))
-        paths = {seed: result_path(model.folder(self.root, seed) / "hf") for seed in self.seeds}
-        return {seed: _at(json.loads(path.read_text()), key) for seed, path in paths.items() if path.is_file()}
+    def finished(self, models: Iterable[Model]) -> list[Model]:
+        """Those with a measurement."""
+        return [model for model in models if self.of(model)]
 
-    def difference(self, model: Model, other: Model, key: Sequence[str]) -> Interval:
-        """How much more `model` has than `other`: seeds are pairs, and a shipped model is one for all of them."""
-        mine, theirs = (self.by_seed(each, key) for each in (model, other))
-        return interval([mine[seed] - theirs[seed] for seed in mine if seed in theirs])
+    def accuracy_difference(self, model: Model, other: Model) -> Interval | None:
+        """How much more often `model` is right than `other`; None where no seed has both."""
+        pairs = [(self._right(a), self._right(b)) for a, b in self._pairs(model, other)]
+        return crossed([b for _, b in pairs], [a for a, _ in pairs]) if pairs else None
+
+    def difference(self, model: Model, other: Model, key: Sequence[str], *, relative: bool = False) -> Interval:
+        """How much more `model` has than `other` of another figure, over seeds; or what share more."""
+        ours, theirs = self.of(model), self.of(other)
+        shared = [(_at(ours[a], key), _at(theirs[b], key)) for a, b in self._seeds(model, other)]
+        return over_seeds([a / b - 1 if relative else a - b for a, b in shared])
 
     def measure(self, models: Iterable[Model], *, jobs: int) -> None:
         """Measure those that are trained and not measured, several at a time."""
-        folders = [folder for model in dict.fromkeys(models) for folder in self._folders(model)]
+        folders = [folder for model in dict.fromkeys(models) for folder in self._folders(model).values()]
         todo = [folder for folder in folders if is_finished(folder.parent) and not result_path(folder).is_file()]
-        script = str(Path(__file__).with_name("testing.py"))
+        if todo:
+            held_out().prepare_data()  # once, before processes would race for it
         parts = [todo[start : start + TOGETHER] for start in range(0, len(todo), TOGETHER)]
         with tqdm(total=len(todo), desc="tests", disable=not todo) as bar, ThreadPoolExecutor(jobs) as pool:
 
             def one(index: int) -> None:
                 log = self.root / "logs" / f"testing_{index}.log"
-                run([sys.executable, script, *map(str, parts[index])], log, threads=threads_of(jobs))
+                command = [sys.executable, "-m", "benchmarks.reproduction.testing", *map(str, parts[index])]
+                run(command, log, threads=threads_of(jobs))
                 bar.update(len(parts[index]))
 
             list(pool.map(one, range(len(parts))))
 
-    def _folders(self, model: Model) -> list[Path]:
+    def _folders(self, model: Model) -> dict[int, Path]:
         if isinstance(model, Training):
-            return [model.folder(self.root, seed) / "hf" for seed in self.seeds]
-        folder = self.root / "shipped" / model / "hf"
+            return {seed: model.folder(self.root, seed) / "hf" for seed in self.seeds}
+        source = Path(resolve_pretrained(model))
+        digest = hashlib.sha256((source / "model.safetensors").read_bytes()).hexdigest()[:8]
+        folder = self.root / "shipped" / f"{model}_{digest}"
         if not folder.is_dir():
-            shutil.copytree(resolve_pretrained(model), folder)
-        return [folder]
+            half = folder.with_name(f"{folder.name}.{os.getpid()}")
+            shutil.copytree(source, half / "hf")
+            half.rename(folder)
+        return {0: folder / "hf"}
 
+    def _seeds(self, model: Model, other: Model) -> list[tuple[int, int]]:
+        """Seeds of two models that belong together; a shipped model belongs to all."""
+        ours, theirs = self.of(model), self.of(other)
+        if isinstance(model, str):
+            return [(0, seed) for seed in theirs if ours]
+        return [
+            (seed, 0 if isinstance(other, str) else seed) for seed in ours if isinstance(other, str) or seed in theirs
+        ]
 
-def _first(results: Results, model: str, key: Sequence[str]) -> float:
-    return next(iter(results.values(model, key)), math.nan)
+    def _pairs(self, model: Model, other: Model) -> list[tuple[Path, Path]]:
+        ours, theirs = self._folders(model), self._folders(other)
+        return [(ours[a], theirs[b]) for a, b in self._seeds(model, other)]
+
+    def _right(self, folder: Path) -> NDArray[np.float64]:
+        """Whether each question was answered right (questions,)."""
+        rows = [json.loads(line) for line in answers_path(folder).read_text().splitlines()]
+        return np.array([row["accuracy"] for row in sorted(rows, key=lambda row: row["id"])], float)
 
 
 def _at(result: dict[str, Any], key: Sequence[str]) -> float:
     value: Any = result
     for name in key:
         value = value[name]
-    return math.nan if value is None else float(value)
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Mean of some numbers, one a seed, with Student's 95 % interval; NaN where there are fewer than two."""
-
-    mean: float
-    low: float
-    high: float
-    n: int
-
-    @property
-    def significant(self) -> bool:
-        """Whether the interval leaves out 0."""
-        return self.low > 0 or self.high < 0
-
-    def __format__(self, spec: str) -> str:
-        """`+1.2 (-0.3 to +2.7)`, with a star where 0 is left out."""
-        if not math.isfinite(self.low):
-            return f"{self.mean:{spec}}"
-        return f"{self.mean:{spec}} ({self.low:{spec}} to {self.high:{spec}}){' *' if self.significant else ''}"
-
-    def scaled(self, factor: float) -> Interval:
-        """In another unit."""
-        return Interval(factor * self.mean, factor * self.low, factor * self.high, self.n)
-
-
-def interval(values: Sequence[float]) -> Interval:
-    """Student's interval of a mean."""
-    count = len(values)
-    if count < 2:
-        return Interval(values[0] if values else math.nan, math.nan, math.nan, count)
-    half = STUDENT.get(count - 1, 1.96) * statistics.stdev(values) / math.sqrt(count)
-    mean = statistics.fmean(values)
-    return Interval(mean, mean - half, mean + half, count)
-
-
-def spread(values: Sequence[float], *, factor: float = 1.0, digits: int = 1) -> str:
-    """Mean ± sample standard deviation, as tables show them."""
-    if not values:
-        return "–"
-    scaled = [factor * value for value in values]
-    style = f".{digits}f" if abs(statistics.fmean(scaled)) < 10_000 else ".1e"
-    mean = f"{statistics.fmean(scaled):{style}}"
-    return f"{mean} ± {statistics.stdev(scaled):{style}}" if len(scaled) > 1 else mean
-
-
-def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
-Section = Callable[[Results, Path], str]
+    return float("nan") if value is None else float(value)

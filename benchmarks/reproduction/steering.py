@@ -2,58 +2,66 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from recipes import ANCHORED
-from results import Results
-from testing import MAX_NEW_TOKENS, NUM_SAMPLES, result_path
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
-from training import is_finished, run, threads_of
 
-from avar_lightning.interventions import compare
-from avar_lightning.report import interventions_table, plot_sweep
+from avar_lightning.report import plot_sweep
+from benchmarks.reproduction.differences import Interval, crossed, marked, table
+from benchmarks.reproduction.recipes import ANCHORED
+from benchmarks.reproduction.results import Results
+from benchmarks.reproduction.testing import MAX_NEW_TOKENS, NUM_SAMPLES, SETTINGS, result_path
+from benchmarks.reproduction.training import is_finished, run, threads_of
 
 NEEDS = [ANCHORED]
 IMAGE, SYSTEM = (0.0, 0.15, 0.3), (0.0, 0.05, 0.4, 0.6)
-PAPER = (0.15, 0.4)  # strengths on image and system of the control
+PRIMARY = "logit image=0.15 system=0.4"
+"""The paper's setting, and the one comparison that was named before anything was measured."""
+CHOSEN_SHARE = 4  # a quarter of the heads
 RANDOM_DRAWS = 5
 
 
 def measure(results: Results, *, jobs: int) -> None:
     """Answer the test questions with each trained model under each setting, with InterventionCallback."""
-    wanted = {"grid": _grid, "heads": _heads}
-    models = [ANCHORED.folder(results.root, seed) / "hf" for seed in results.seeds]
-    todo = [
-        (model, name)
-        for model in models
-        if is_finished(model.parent) and result_path(model).is_file()
-        for name in wanted
-        if not _written(model, name).is_file()
-    ]
-    with (
-        tqdm(total=len(todo), desc="interventions", unit="run", disable=not todo) as bar,
-        ThreadPoolExecutor(jobs) as pool,
-    ):
-
-        def one(job: tuple[Path, str]) -> None:
-            model, name = job
-            command = [sys.executable, *command_of(model, name, wanted[name](model))]
-            run(
-                command,
-                results.root / "logs" / f"interventions_{model.parent.name}_{name}.log",
-                threads=threads_of(jobs),
-            )
-            bar.update()
-
-        list(pool.map(one, todo))
+    todo = []
+    for seed in results.seeds:
+        model = ANCHORED.folder(results.root, seed) / "hf"
+        if is_finished(model.parent) and result_path(model).is_file():
+            for name, options in settings_of(model, seed).items():
+                if not _written(model, name, options).is_file():
+                    todo.append(partial(_run, results.root, model, name, options, threads_of(jobs)))
+    with ThreadPoolExecutor(jobs) as pool:
+        list(tqdm(pool.map(lambda job: job(), todo), total=len(todo), desc="interventions", disable=not todo))
 
 
-def command_of(model: Path, name: str, options: Sequence[str]) -> list[str]:
+def settings_of(model: Path, seed: int) -> dict[str, list[str]]:
+    """Arguments of InterventionCallback: the grid, and a quarter of the heads against others drawn at random.
+
+    Chosen are the heads of the highest VAS on validation references, for which nobody was asked anything.
+    """
+    scores = json.loads(result_path(model).read_text())["validation_map"]
+    ranked = sorted(((score, layer, head) for layer, row in enumerate(scores) for head, score in enumerate(row)))
+    chosen: dict[int, list[int]] = {}
+    for _, layer, head in ranked[-(len(ranked) // CHOSEN_SHARE) :]:
+        chosen.setdefault(layer, []).append(head)
+    heads = json.dumps({layer: sorted(chosen[layer]) for layer in sorted(chosen)})
+    control = ["ablation=random_heads", f"heads={heads}", f"num_random={RANDOM_DRAWS}", f"seed={seed}", "image=0.15"]
+    return {
+        "grid": [f"image={list(IMAGE)}", f"system={list(SYSTEM)}", "mode=logit"],
+        "heads": [*control, "system=0.4"],
+    }
+
+
+def command_of(model: Path, version: str, options: Sequence[str]) -> list[str]:
     """What `train.py` is called with."""
     callback = "--trainer.callbacks.init_args"
     return [
@@ -63,56 +71,83 @@ def command_of(model: Path, name: str, options: Sequence[str]) -> list[str]:
         f"--data.init_args.num_test={NUM_SAMPLES}",
         f"--trainer.logger.init_args.save_dir={model.parent}",
         "--trainer.logger.init_args.name=steering",
-        f"--trainer.logger.init_args.version={name}",
+        f"--trainer.logger.init_args.version={version}",
         "--trainer.callbacks+=avar_lightning.callbacks.InterventionCallback",
         *(f"{callback}.{option}" for option in options),
         f"{callback}.max_new_tokens={MAX_NEW_TOKENS}",
     ]
 
 
-def _written(model: Path, name: str) -> Path:
-    return model.parent / "steering" / name / "interventions" / "test_step_00000000.json"
+def _version(name: str, options: Sequence[str]) -> str:
+    return f"{name}_{hashlib.sha256(json.dumps([SETTINGS, list(options)]).encode()).hexdigest()[:8]}"
 
 
-def _grid(model: Path) -> list[str]:
-    return [f"image={list(IMAGE)}", f"system={list(SYSTEM)}", "mode=logit"]
+def _written(model: Path, name: str, options: Sequence[str]) -> Path:
+    return model.parent / "steering" / _version(name, options) / "interventions" / "test_step_00000000.json"
 
 
-def _heads(model: Path) -> list[str]:
-    """Half of the heads: those of the highest VAS on validation references, which no answer was asked for."""
-    scores = json.loads(result_path(model).read_text())["validation_map"]
-    ranked = sorted(((score, layer, head) for layer, row in enumerate(scores) for head, score in enumerate(row)))
-    chosen: dict[int, list[int]] = {}
-    for _, layer, head in ranked[len(ranked) // 2 :]:
-        chosen.setdefault(layer, []).append(head)
-    heads = {layer: sorted(chosen[layer]) for layer in sorted(chosen)}
-    image, system = PAPER
-    return [f"image={image}", f"system={system}", f"heads={json.dumps(heads)}", "ablation=random_heads",
-            f"num_random={RANDOM_DRAWS}"]  # fmt: skip
+def _run(root: Path, model: Path, name: str, options: Sequence[str], threads: int) -> None:
+    log = root / "logs" / f"steering_{model.parent.name}_{name}.log"
+    run([sys.executable, *command_of(model, _version(name, options), options)], log, threads=threads)
 
 
 def write(results: Results, output: Path) -> str:
-    """Paired differences over questions, all models together."""
-    models = [ANCHORED.folder(results.root, seed) / "hf" for seed in results.seeds]
+    """Accuracy under each setting, with differences over seeds and questions."""
+    found: dict[str, list[dict[str, Any]]] = {"grid": [], "heads": []}
+    for seed in results.seeds:
+        model = ANCHORED.folder(results.root, seed) / "hf"
+        if result_path(model).is_file():
+            for name, options in settings_of(model, seed).items():
+                path = _written(model, name, options)
+                if path.is_file():
+                    found[name].append(json.loads(path.read_text())["settings"])
     parts = []
-    for name, words in (("grid", "Every head, logits scaled (the paper's form)"), ("heads", "Heads")):
-        found = [json.loads(_written(model, name).read_text()) for model in models if _written(model, name).is_file()]
-        if not found:
-            continue
-        rows = {setting: [each["settings"][setting]["samples"] for each in found] for setting in found[0]["settings"]}
-        for samples in (row for each in rows.values() for model in each for row in model):
-            samples |= {key: float("nan") for key, value in samples.items() if value is None and key != "id"}
-        before = rows["unsteered"]
-        compared = {setting: compare(before, after) for setting, after in rows.items()}
-        parts += [f"### {words}", f"{len(found)} models, {len(before[0])} questions.", interventions_table(compared)]
-        if name == "grid":
-            _draw(found[0], compared, output)
-            parts.append("![Accuracy over strengths](results/reproduction/steering.png)")
-    return "\n\n".join(parts)
+    if found["grid"]:
+        parts += ["### Every head", _grid(found["grid"], output)]
+        parts.append("![Accuracy over strengths](results/reproduction/steering.png)")
+    if found["heads"]:
+        parts += ["### A quarter of the heads, against others drawn at random", _heads(found["heads"])]
+    return "\n\n".join(parts) or "Not finished."
 
 
-def _draw(report: dict[str, Any], compared: dict[str, Any], output: Path) -> None:
-    steered = {name: each["intervention"] for name, each in report["settings"].items() if each["intervention"]}
-    rows = [steered[name] | compared[name] for name in steered]
-    reference = compared["unsteered"]["accuracy"]
-    plot_sweep(rows, "accuracy", reference=reference, title="Accuracy (%)").savefig(output / "steering.png", dpi=150)
+def _grid(reports: list[dict[str, Any]], output: Path) -> str:
+    before = _column(reports, "unsteered", "accuracy")
+    gains = {name: crossed(before, _column(reports, name, "accuracy")) for name in reports[0] if name != "unsteered"}
+    rows = [["unsteered", f"{100 * before.mean():.1f}", "", f"{_vas(reports, 'unsteered'):.2f}"]]
+    texts = marked([gains[PRIMARY]], "+.1f") + marked([gains[name] for name in gains if name != PRIMARY], "+.1f")
+    for name, text in zip([PRIMARY, *(name for name in gains if name != PRIMARY)], texts, strict=True):
+        label = f"**{name}** (named before)" if name == PRIMARY else name
+        after = _column(reports, name, "accuracy")
+        rows.append([label, f"{100 * after.mean():.1f}", text, f"{_vas(reports, name):.2f}"])
+    drawn = [
+        reports[0][name]["intervention"]
+        | {"accuracy": _column(reports, name, "accuracy").mean(), "accuracy_difference": gain}
+        for name, gain in gains.items()
+    ]
+    plot_sweep(drawn, "accuracy", reference=float(before.mean()), title="Accuracy (%)").savefig(
+        output / "steering.png", dpi=150
+    )
+    headings = ["setting", "accuracy (%)", "change, points", "VAS of answers (ratio of means)"]
+    return f"{len(reports)} models, {before.shape[1]} questions.\n\n{table(headings, rows)}"
+
+
+def _heads(reports: list[dict[str, Any]]) -> str:
+    before, chosen = (_column(reports, name, "accuracy") for name in ("unsteered", "chosen heads"))
+    draws = np.mean([_column(reports, name, "accuracy") for name in reports[0] if name.startswith("random")], axis=0)
+    family: dict[str, Interval] = {
+        "chosen heads against unsteered": crossed(before, chosen),
+        "random heads (mean of draws) against unsteered": crossed(before, draws),
+        "chosen heads against random heads": crossed(draws, chosen),
+    }
+    rows = [[name, text] for name, text in zip(family, marked(list(family.values()), "+.1f"), strict=True)]
+    return table(["image 0.15, system 0.4", "accuracy, points"], rows)
+
+
+def _column(reports: list[dict[str, Any]], setting: str, name: str) -> NDArray[np.float64]:
+    """(models, questions), the questions in one order."""
+    rows = [sorted(report[setting]["samples"], key=lambda row: row["id"]) for report in reports]
+    return np.array([[row[name] for row in each] for each in rows], float)
+
+
+def _vas(reports: list[dict[str, Any]], setting: str) -> float:
+    return float(np.nanmean(_column(reports, setting, "vas_ratio_of_means_response")))

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from recipes import GRPO, ROOT, Training
 from tqdm import tqdm
 
 from avar_lightning.data import DemoDataModule
+from benchmarks.reproduction.recipes import GRPO, ROOT, Training
 
 
 def train_all(trainings: Sequence[Training], seed: int, root: Path, *, jobs: int) -> None:
