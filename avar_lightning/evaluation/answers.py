@@ -1,4 +1,4 @@
-"""The folder of an evaluation: whose answers it holds, and every answer on disk as soon as it is there.
+"""The folder of an evaluation: whose answers it holds, and the lines in which they are kept.
 
 Each process writes `answers_<rank>.jsonl`, one line a sample. A line counts once it has its end, so a process may be
 killed at any moment: the next run drops the half line and answers what is missing.
@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from avar_lightning.files import json_line, write_json
+from avar_lightning.data.publishing import alone
+from avar_lightning.files import json_line, write_json, write_jsonl
 from avar_lightning.interventions import METRICS
 
 ABOUT = "evaluation.json"
 SCORES = tuple(name for name in METRICS if name != "accuracy")
 """Of each answer: VAS of the prompt's user tokens and of the answer itself, both reductions; null where undefined."""
-NOT_COMPARED = ("model",)
-"""Of what is known of the model: one name may be another's folder, and the weights tell them apart."""
+NOT_COMPARED = ("model", "data")
+"""One name may be another's folder, and the weights tell them apart; benchmarks may come one after the other."""
+WAIT = 10.0
+"""Seconds for which a folder may still be held by the data loader's workers of a run that was killed."""
 Key = tuple[str, str]
 """Benchmark and id of a sample."""
 
@@ -32,25 +34,40 @@ def key_of(row: Mapping[str, Any]) -> Key:
     return str(row["benchmark"]), str(row["id"])
 
 
-def open_folder(folder: Path, now: Mapping[str, Any], *, overwrite: bool, how: str) -> None:
-    """Make the folder ready for answers of one model; for one process alone, while no other one writes there.
+def open_folder(folder: Path, now: Mapping[str, Any], *, overwrite: bool, how: str) -> ExitStack:
+    """Make the folder ready for answers of one model; for one process of a run, before any of them adds to it.
 
     Args:
         folder: Made where it is missing.
-        now: Of `about_model`.
+        now: Of `about_model`, and `data` of `about_shards`, which adds to what is there.
         overwrite: Delete answers that are there.
         how: How somebody who wants that says it.
 
+    Returns:
+        What keeps other runs out until it is closed.
+
     Raises:
-        ValueError: The folder holds answers that were made otherwise.
+        ValueError: Another run is at work there, or the folder holds answers that were made otherwise.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    about, now = folder / ABOUT, json.loads(json.dumps(now))
+    with ExitStack() as held:
+        try:
+            held.enter_context(alone(folder, seconds=WAIT))
+        except RuntimeError as error:
+            raise ValueError(
+                f"another evaluation is at work in {folder}, expected one at a time; wait for it, or give another "
+                "output."
+            ) from error
+        _prepare(folder, json.loads(json.dumps(now)), overwrite=overwrite, how=how)
+        return held.pop_all()
+
+
+def _prepare(folder: Path, now: dict[str, Any], *, overwrite: bool, how: str) -> None:
+    before = read_about(folder) if (folder / ABOUT).is_file() and not overwrite else {}
     if overwrite:
         for path in answer_files(folder):
             path.unlink()
-    elif about.is_file():
-        before = json.loads(about.read_text())
+    elif before:
         other = [name for name, value in now.items() if name not in NOT_COMPARED and before.get(name) != value]
         if other:
             first = f"{other[0]} {before.get(other[0])!r}, expected {now[other[0]]!r}"
@@ -61,9 +78,14 @@ def open_folder(folder: Path, now: Mapping[str, Any], *, overwrite: bool, how: s
             )
     elif answer_files(folder):
         raise ValueError(f"{folder} holds answers without {ABOUT}, expected both; give another output, or {how}.")
-    write_json(about, now)
+    write_json(folder / ABOUT, now | {"data": before.get("data", {}) | now.get("data", {})})
     for path in answer_files(folder):
         _drop_half_line(path)
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """Whose answers a folder holds, and of which data."""
+    return dict(json.loads((folder / ABOUT).read_text()))
 
 
 def answer_files(folder: Path) -> list[Path]:
@@ -87,7 +109,8 @@ def read_answers(folder: Path) -> dict[Key, dict[str, Any]]:
     """
     found: dict[Key, dict[str, Any]] = {}
     for path in answer_files(folder):
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        # Not splitlines: responses hold line separators that JSON leaves as they are (U+2028, U+0085).
+        for number, line in enumerate(path.read_text().split("\n")[:-1], 1):
             try:
                 row: dict[str, Any] = json.loads(line)
                 row |= {name: math.nan for name in SCORES if row[name] is None}
@@ -101,6 +124,16 @@ def read_answers(folder: Path) -> dict[Key, dict[str, Any]]:
                 raise ValueError(twice(key))
             found[key] = row
     return found
+
+
+def renew_columns(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Put the columns of `rows` into the files of answers, where these were kept with others; alone in the folder."""
+    now = {key_of(row): row["columns"] for row in rows}
+    for path in answer_files(folder):
+        kept = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+        renewed = [row | {"columns": now.get(key_of(row), row["columns"])} for row in kept]
+        if list(map(json_line, renewed)) != list(map(json_line, kept)):
+            write_jsonl(path, renewed)
 
 
 def twice(key: Key) -> str:
@@ -119,27 +152,3 @@ def in_order(answers: Mapping[Key, dict[str, Any]]) -> list[dict[str, Any]]:
         return key[0], [(int(part), "") if number % 2 else (-1, part) for number, part in enumerate(parts)]
 
     return [answers[key] for key in sorted(answers, key=place)]
-
-
-class AnswerFile:
-    """A process's own file, to which answers are appended."""
-
-    def __init__(self, folder: Path, rank: int) -> None:
-        self._file = (folder / f"answers_{rank}.jsonl").open("a")
-
-    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write lines; they are on disk on return."""
-        if lines := "".join(map(json_line, rows)):
-            self._file.write(lines)
-            self._file.flush()
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Let go of the file."""
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,13 +14,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from avar_lightning.attention import Intervention
+from avar_lightning.data.shards import MANIFEST, expand_urls, is_remote
 from avar_lightning.sharding import gathered
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def about_model(
-    model: PreTrainedModel, *, precision: str, max_new_tokens: int, intervention: Intervention | None
+    model: PreTrainedModel,
+    *,
+    precision: str,
+    max_new_tokens: int,
+    repetition_penalty: float,
+    intervention: Intervention | None,
 ) -> dict[str, Any]:
     """What answers in one folder have in common. A collective call, where processes share the weights.
 
@@ -25,6 +34,7 @@ def about_model(
         model: That answers.
         precision: Of the trainer.
         max_new_tokens: Longest answer.
+        repetition_penalty: Of greedy decoding.
         intervention: What is steered; None for nothing.
     """
     text = model.config.get_text_config()
@@ -35,8 +45,20 @@ def about_model(
         "precision": precision,
         "attention": str(attention).removeprefix("avar_"),
         "max_new_tokens": max_new_tokens,
+        "decoding": "greedy",
+        "repetition_penalty": repetition_penalty,
         "steering": None if intervention is None else dataclasses.asdict(intervention),
     }
+
+
+def about_shards(spec: str | Path | Sequence[str | Path]) -> dict[str, Any]:
+    """What manifests of local shards say beside samples and shards, as the commit of the Hub, by folder."""
+    found = {}
+    for folder in sorted({Path(url).parent for url in expand_urls(spec) if not is_remote(url)}):
+        if (folder / MANIFEST).is_file():
+            manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+            found[str(folder)] = {name: value for name, value in manifest.items() if name not in ("samples", "shards")}
+    return {folder: known for folder, known in found.items() if known}
 
 
 @torch.no_grad()

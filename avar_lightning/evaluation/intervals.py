@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,12 @@ class Interval:
     high: float
     num_samples: int
     num_units: int
+    draws: NDArray[np.float64] | None = field(default=None, repr=False, compare=False)
+    """The figure in each resample, those where it is undefined left out."""
+
+    def plain(self) -> dict[str, Any]:
+        """What is written of it."""
+        return {name: getattr(self, name) for name in ("value", "low", "high", "num_samples", "num_units")}
 
 
 def bootstrap(
@@ -80,30 +86,63 @@ def bootstrap(
 
 
 def bootstrap_mean(
-    values: Sequence[float], units: Sequence[Hashable], num_resamples: int = NUM_RESAMPLES, seed: int = 0
+    values: Sequence[float],
+    units: Sequence[Hashable],
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+    *,
+    parts: Sequence[Hashable] | None = None,
 ) -> Interval:
     """Mean of values, of those that are finite, with its interval.
 
+    Args:
+        values: One a sample.
+        units: For each value what it is drawn together with.
+        num_resamples: Bootstrap resamples.
+        seed: Of the resampling.
+        parts: For each value the part that it belongs to; then it is the mean of the parts' means, and a unit is drawn
+            with its values in all of them.
+
     >>> bootstrap_mean([1.0, 1.0, 1.0], "abc")
     Interval(value=1.0, low=1.0, high=1.0, num_samples=3, num_units=3)
+    >>> bootstrap_mean([1.0, 0.0, 0.0], "abb", parts="xyy").value
+    0.5
     """
     array = np.asarray(values, float)
     finite = np.isfinite(array)
     if not finite.any():
         return Interval(math.nan, math.nan, math.nan, 0, 0)
-    numbers: dict[Hashable, int] = {}
-    index = [numbers.setdefault(unit, len(numbers)) for unit, kept in zip(units, finite, strict=True) if kept]
-    total = np.bincount(index, weights=array[finite])
-    size = np.bincount(index).astype(float)
+    array, unit = array[finite], _numbered(units, finite)
+    part = np.zeros_like(unit) if parts is None else _numbered(parts, finite)
+    shape = int(part.max()) + 1, int(unit.max()) + 1
+    total, size = np.zeros(shape), np.zeros(shape)
+    np.add.at(total, (part, unit), array)
+    np.add.at(size, (part, unit), 1.0)
+    count, rng, means = shape[1], np.random.default_rng(seed), []
+    for block in np.array_split(np.arange(num_resamples), max(1, num_resamples * count // BLOCK)):
+        chosen = rng.integers(count, size=(len(block), count))
+        with np.errstate(invalid="ignore"):  # a part of which nothing was drawn
+            means.append(np.mean([t[chosen].sum(1) / s[chosen].sum(1) for t, s in zip(total, size)], axis=0))
+    value = float((total.sum(1) / size.sum(1)).mean()) if len(total) > 1 else float(array.mean())
+    return _interval(value, np.concatenate(means), len(array), count)
+
+
+def mean_of(intervals: Sequence[Interval], seed: int = 0) -> Interval:
+    """Mean of figures that share no samples, with the interval of their resamples, paired at random."""
     rng = np.random.default_rng(seed)
-    means = []
-    for block in np.array_split(np.arange(num_resamples), max(1, num_resamples * len(size) // BLOCK)):
-        chosen = rng.integers(len(size), size=(len(block), len(size)))
-        means.append(total[chosen].sum(1) / size[chosen].sum(1))
-    return _interval(float(array[finite].mean()), np.concatenate(means), int(finite.sum()), len(size))
+    draws = [rng.permutation(each.draws if each.draws is not None else np.empty(0)) for each in intervals]
+    paired = np.mean([each[: min(map(len, draws))] for each in draws], axis=0)
+    value = sum(each.value for each in intervals) / len(intervals)
+    counts = (sum(each.num_samples for each in intervals), sum(each.num_units for each in intervals))
+    return _interval(value, paired, *counts)
+
+
+def _numbered(names: Sequence[Hashable], kept: NDArray[np.bool_]) -> NDArray[np.int64]:
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(name, len(numbers)) for name, keep in zip(names, kept, strict=True) if keep])
 
 
 def _interval(value: float, drawn: NDArray[np.float64], num_samples: int, num_units: int) -> Interval:
     drawn = drawn[np.isfinite(drawn)]
     low, high = np.quantile(drawn, [0.025, 0.975]) if drawn.size else (math.nan, math.nan)
-    return Interval(value, float(low), float(high), num_samples, num_units)
+    return Interval(value, float(low), float(high), num_samples, num_units, drawn)

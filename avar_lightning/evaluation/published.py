@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from avar_lightning.evaluation.intervals import Interval, bootstrap_mean, mean_of
+
+AVERAGE = "average"
 
 
 @dataclass(frozen=True)
@@ -17,12 +21,14 @@ class Published:
     Attributes:
         columns: Name to heading, in the paper's order.
         parts: Name to the benchmarks whose mean the column is: MMMU-Pro's own total is that of ten options and vision.
-        rows: `model`, `accuracy` (percent by column, absent where no source was seen), `average`, `vas`, `source`, and
-            perhaps a `note`.
+        sources: Name to `address` and `what` it is, the authors' own or second-hand.
+        rows: `model`, `accuracy` (percent by column, absent where no source was seen), `average`, `vas`, `source` of
+            accuracies and average, `vas_source`, and perhaps a `note`.
     """
 
     columns: dict[str, str]
     parts: dict[str, tuple[str, ...]]
+    sources: dict[str, dict[str, str]]
     rows: tuple[dict[str, Any], ...]
 
 
@@ -33,23 +39,31 @@ def published() -> Published:
     return Published(
         {each["name"]: each["title"] for each in known["benchmarks"]},
         {each["name"]: tuple(each["of"]) for each in known["benchmarks"]},
+        known["sources"],
         tuple(known["rows"]),
     )
 
 
-def columns_of(headlines: Mapping[str, float]) -> dict[str, float]:
+def columns_of(headlines: Mapping[str, Interval], rows: Sequence[Mapping[str, Any]]) -> dict[str, Interval]:
     """The paper's columns, as far as their benchmarks were evaluated, and `average` where all seven were.
 
-    Args:
-        headlines: Benchmark to its first figure, in [0, 1].
+    A column of several benchmarks is the mean of their accuracies; questions that they share, as those of MMMU-Pro, are
+    drawn together.
 
-    >>> columns_of({"mathvista": 0.7, "mmmu_pro": 0.4})
-    {'mathvista': 70.0}
+    Args:
+        headlines: Benchmark to its first figure.
+        rows: Judged answers: `benchmark`, `id` and `correct`.
     """
-    parts = published().parts
-    found = {
-        name: 100 * sum(headlines[part] for part in of) / len(of)
-        for name, of in parts.items()
-        if all(part in headlines for part in of)
-    }
-    return found | ({"average": sum(found.values()) / len(found)} if len(found) == len(parts) else {})
+    found: dict[str, Interval] = {}
+    for name, of in published().parts.items():
+        if not all(part in headlines for part in of):
+            continue
+        if of == (name,):
+            found[name] = headlines[name]
+        else:
+            own = [row for row in rows if row["benchmark"] in of]
+            names = [row["benchmark"] for row in own]
+            found[name] = bootstrap_mean([row["correct"] for row in own], [row["id"] for row in own], parts=names)
+    if len(found) == len(published().parts):
+        found[AVERAGE] = mean_of(list(found.values()))
+    return found

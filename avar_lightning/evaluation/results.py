@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from avar_lightning.benchmarks import BENCHMARKS, Benchmark, benchmark_of
 from avar_lightning.evaluation.answers import SCORES
 from avar_lightning.evaluation.intervals import Interval, bootstrap, bootstrap_mean
-from avar_lightning.evaluation.published import columns_of, published
+from avar_lightning.evaluation.published import AVERAGE, columns_of, published
 from avar_lightning.evaluation.verdicts import JUDGE, NOBODY, RULES
 from avar_lightning.files import finite, write_json, write_jsonl, write_text
 from avar_lightning.report.benchmarks import benchmarks_table, categories_table, figures_table, plot_benchmarks
@@ -30,9 +30,9 @@ def evaluate(rows: Sequence[Row]) -> Results:
         rows: Lines of the answers' files, with their verdicts.
 
     Returns:
-        For each benchmark `title`, `num_questions` (of all of it), `num_samples` (that were answered), `extracted_by`
-        (how many by whom), `metrics` and `vas` (name to `Interval`), and `categories`: column to value to
-        `num_samples`, `metrics` and `vas`.
+        For each benchmark `title`, `num_questions` (of all of it), `num_samples` (that were answered), `num_cut` (that
+        did not end by themselves), `extracted_by` (how many by whom), `metrics` and `vas` (name to `Interval`), and
+        `categories`: column to value to `num_samples`, `metrics` and `vas`.
     """
     by_name: dict[str, list[Row]] = {}
     for row in rows:
@@ -50,6 +50,7 @@ def _evaluate(benchmark: Benchmark, rows: Sequence[Row]) -> dict[str, Any]:
         categories[column] = {value: _figures(benchmark, values[value]) for value in sorted(values)}
     by = {who: sum(row["extracted_by"] == who for row in rows) for who in (RULES, JUDGE, NOBODY)}
     known = {"title": benchmark.title, "num_questions": benchmark.questions, "extracted_by": by}
+    known |= {"num_cut": sum(not row["finished"] for row in rows)}
     return known | _figures(benchmark, rows) | {"categories": categories}
 
 
@@ -70,6 +71,16 @@ def headline(result: Mapping[str, Any]) -> Interval:
     return first
 
 
+def scalars(results: Results) -> dict[str, float]:
+    """Every figure that is defined, as `<benchmark>/<figure>`."""
+    figures = {
+        f"{name}/{figure}": interval.value
+        for name, result in results.items()
+        for figure, interval in (result["metrics"] | result["vas"]).items()
+    }
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
+
+
 def write_results(
     folder: Path,
     results: Results,
@@ -84,38 +95,38 @@ def write_results(
         The tables, without those of categories.
     """
     known = published()
-    own = columns_of({name: headline(result).value for name, result in results.items()})
-    alike = {name for name, of in known.parts.items() if of == (name,)}
+    own = columns_of({name: headline(result) for name, result in results.items()}, rows)
     partly = {name for name, result in results.items() if result["num_samples"] < result["num_questions"]}
+    nobody = {name: result["extracted_by"][NOBODY] for name, result in results.items()}
+    columns = {name for name, of in known.parts.items() if partly & set(of)}
     tables = benchmarks_table(
         name="/".join(Path(about["model"]).parts[-2:]),
         columns=known.columns,
         own=own,
-        intervals={name: _percent(headline(results[name])) for name in alike & results.keys()},
-        partly={name for name, of in known.parts.items() if partly & set(of)},
-        vas=results[VAS_ON]["vas"]["vas"].value if VAS_ON in results else None,
+        partly=columns | ({AVERAGE} if columns else set()),
+        unread={name: sum(nobody.get(part, 0) for part in of) for name, of in known.parts.items()},
+        vas=results[VAS_ON]["vas"]["vas"] if VAS_ON in results else None,
+        vas_partly=VAS_ON in partly,
         published=known.rows,
+        sources=known.sources,
     )
     tables += "\n\n" + figures_table(results)
     write_jsonl(folder / "samples.jsonl", rows)
     write_json(
         folder / "results.json",
-        {"about": about, "judge": judge, "benchmarks": _plain(results), "columns_of_the_paper": own},
+        {"about": about, "judge": judge, "benchmarks": _plain(results), "columns_of_the_paper": _plain(own)},
     )
     write_text(folder / "results.csv", _csv(results))
     write_text(folder / "results.md", f"{tables}\n\n{categories_table(results)}".rstrip() + "\n")
+    alike = {name for name, of in known.parts.items() if of == (name,)}
     figure = plot_benchmarks(results, comparable=alike, published=known.rows)
     figure.savefig(folder / "results.png", dpi=150)
     return tables
 
 
-def _percent(interval: Interval) -> tuple[float, float]:
-    return 100 * interval.low, 100 * interval.high
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, Interval):
-        return asdict(value)
+        return value.plain()
     return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
@@ -128,7 +139,7 @@ def _csv(results: Results) -> str:
     for name, column, category, part in _parts(results):
         for metric, interval in (part["metrics"] | part["vas"]).items():
             place = {"benchmark": name, "column": column, "category": category, "metric": metric}
-            writer.writerow(place | finite(asdict(interval)))
+            writer.writerow(place | finite(interval.plain()))
     return text.getvalue()
 
 

@@ -21,30 +21,37 @@ def benchmarks_table(
     *,
     name: str,
     columns: Mapping[str, str],
-    own: Mapping[str, float],
-    intervals: Mapping[str, tuple[float, float]],
+    own: Mapping[str, Any],
     partly: Collection[str],
-    vas: float | None,
+    unread: Mapping[str, int],
+    vas: Any,
+    vas_partly: bool,
     published: Sequence[Mapping[str, Any]],
+    sources: Mapping[str, Mapping[str, str]],
 ) -> str:
     """Write a model's accuracies as a Markdown table beside published ones, in percent.
 
     Args:
         name: Of the model.
         columns: Name to heading.
-        own: The model's accuracies by column, and perhaps the `average`.
-        intervals: Ends of the 95 % intervals of some of them.
-        partly: Columns of which only some questions were answered.
-        vas: On MathVista, where it was evaluated.
-        published: Rows with `model`, `accuracy`, `average`, `vas`, and perhaps a `note`.
+        own: The model's accuracies by column, and perhaps their `average`, as `evaluation.Interval`.
+        partly: Those for which only some questions were answered.
+        unread: By column, answers that nobody could read.
+        vas: On MathVista, where it was evaluated; else None.
+        vas_partly: Whether on some of its questions only.
+        published: Rows with `model`, `accuracy`, `average`, `vas`, `source`, `vas_source`, and perhaps a `note`.
+        sources: Of these rows, `address` and `what` it is.
     """
     lines = _head(["model", *columns.values(), "Average", "VAS on MathVista"])
-    cells = []
-    for column in columns:
-        low, high = intervals.get(column, (math.nan, math.nan))
-        mark = " *" if column in partly and column in own else ""
-        cells.append(_value(own.get(column)) + (f" ({low:.1f} to {high:.1f})" if math.isfinite(low) else "") + mark)
-    lines.append(_line([f"**{_escaped(name)}** (here)", *cells, _value(own.get("average")), _value(vas)]))
+    marks = {column: " *" * (column in partly) for column in own}
+    marks |= {
+        column: marks[column] + f", {unread[column]} unread"
+        for column in columns
+        if own.keys() & {column} and unread[column]
+    }
+    cells = [_percent(own[column]) + marks[column] if column in own else "–" for column in (*columns, "average")]
+    cells.append("–" if vas is None else _vas(vas) + " *" * vas_partly)
+    lines.append(_line([f"**{_escaped(name)}** (here)", *cells]))
     notes: list[str] = []
     for row in published:
         mark = ""
@@ -53,31 +60,45 @@ def benchmarks_table(
             mark = f" [{len(notes)}]"
         values = [_value(row["accuracy"].get(column)) for column in columns]
         lines.append(_line([row["model"] + mark, *values, _value(row["average"]), _value(row["vas"])]))
-    told = (
-        "Accuracy in percent, here with its 95 % bootstrap interval. The other rows are those of arXiv 2603.03825, "
-        "with prompts, image sizes, lengths and a judge of its own. MMMU-Pro is the mean of its ten-option part and "
-        "its vision part; the paper measures VAS on 200 samples of MathVista."
-    )
-    if any(column in own for column in partly):
-        notes.append("\\* of a part of the benchmark's questions only.")
-    return "\n".join([*lines, "", " ".join([told, *notes])])
+    told = [
+        "Accuracy in percent, here with its 95 % bootstrap interval. The other rows report arXiv 2603.03825, which has "
+        "prompts, image sizes, lengths and a judge of its own. MMMU-Pro is the mean of its ten-option part and its "
+        "vision part; the paper measures VAS on 200 samples of MathVista."
+    ]
+    if any(unread[column] for column in columns if column in own):
+        told.append("Unread: neither rules nor a judge found an answer in them; they count as wrong.")
+    if partly or vas_partly:
+        told.append("\\* of a part of the benchmark's questions only.")
+    return "\n".join([*lines, "", " ".join([*told, *notes]), "", _sources(published, sources)])
+
+
+def _sources(published: Sequence[Mapping[str, Any]], sources: Mapping[str, Mapping[str, str]]) -> str:
+    """Where published rows are from, one line a source."""
+    parts = []
+    for name, source in sources.items():
+        rows = [row["model"] for row in published if row["source"] == name]
+        rows += [f"VAS of {row['model']}" for row in published if row.get("vas_source") == name]
+        parts.append(f"- {', '.join(rows)}: {source['what']}, <{source['address']}>")
+    return "\n".join(parts)
 
 
 def figures_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Write every figure of every benchmark with its 95 % interval, VAS, and who read the answers.
 
     Args:
-        results: By benchmark `title`, `num_questions`, `num_samples`, `extracted_by`, `metrics`, `vas` and
+        results: By benchmark `title`, `num_questions`, `num_samples`, `num_cut`, `extracted_by`, `metrics`, `vas` and
             `categories`.
     """
-    lines = _head(["benchmark", "samples", "figure", "%", *VAS.values(), "answers read by rules, judge, nobody"])
+    answers = "answers read by rules, judge, nobody"
+    lines = _head(["benchmark", "samples", "figure", "%", *VAS.values(), answers, "cut before their end"])
     for result in results.values():
         by = ", ".join(str(number) for number in result["extracted_by"].values())
         start = [result["title"], f"{result['num_samples']} of {result['num_questions']}"]
         vas = [_vas(result["vas"][name]) for name in VAS]
+        cut = f"{result['num_cut']} ({100 * result['num_cut'] / result['num_samples']:.1f} %)"
         for metric, interval in result["metrics"].items():
-            lines.append(_line([*start, metric, _percent(interval), *vas, by]))
-            start, vas, by = ["", ""], [""] * len(VAS), ""
+            lines.append(_line([*start, metric, _percent(interval), *vas, by, cut]))
+            start, vas, by, cut = ["", ""], [""] * len(VAS), "", ""
     return "\n".join(lines)
 
 

@@ -21,6 +21,8 @@ from avar_lightning.benchmarks import registry
 from avar_lightning.benchmarks.mmstar import MMSTAR
 from avar_lightning.callbacks import BenchmarkCallback, InterventionCallback
 from avar_lightning.data import ShardDataModule
+from avar_lightning.data.sample import Sample
+from avar_lightning.data.writer import write_shards
 from avar_lightning.evaluation import intervals, judge, results
 from avar_lightning.interventions import UNSTEERED, Setting, answer, prompt_of
 from tests.callbacks.test_intervention_callback import Foreign
@@ -130,6 +132,8 @@ def test_answers_are_those_of_the_model(whole: tuple[Path, dict[str, float]], sh
         assert row["extracted_by"] == ("rules" if first else "nobody")
         assert row["correct"] == int(first == own["answer"])
         assert row["columns"] == own
+        assert (row["finished"], row["num_tokens"]) == (made["finished"], made["num_tokens"])
+        assert row["thinking"] is False
         right[own["benchmark"]].append(row["correct"])
     assert metrics["test/letters/accuracy"] == pytest.approx(sum(right["letters"]) / 5)
     vas = [rows[f"letters-{index}"]["vas"] for index in range(5)]
@@ -222,6 +226,7 @@ def test_what_differs_is_named(shards: dict[str, str], tmp_path: Path) -> None:
     for options, says in (
         ({"module": other}, r"its weights '\w+', expected '\w+'\); give another output, or set overwrite: true"),
         ({"max_new_tokens": 4}, "its max_new_tokens 3, expected 4"),
+        ({"repetition_penalty": 1.05}, "its repetition_penalty 1.0, expected 1.05"),
         ({"image": 0.5, "mode": "mass"}, "its steering None, expected {'image': 0.5"),
     ):
         with pytest.raises(ValueError, match=says):
@@ -230,13 +235,32 @@ def test_what_differs_is_named(shards: dict[str, str], tmp_path: Path) -> None:
     assert len(lines(tmp_path / "answers_0.jsonl")) == 5
 
 
-@pytest.mark.slow
-def test_another_prompt_is_another_answer(shards: dict[str, str], tmp_path: Path) -> None:
-    run(tmp_path, [shards["letters"]])
-    file = tmp_path / "answers_0.jsonl"
-    file.write_text(file.read_text().replace('"prompt_id": "', '"prompt_id": "0'))
-    with pytest.raises(ValueError, match="an answer to another prompt for sample 'letters-0'"):
-        run(tmp_path, [shards["letters"]])
+def test_shards_that_were_mended(tmp_path: Path) -> None:
+    """Right answers are those of today; other pictures of the same size are another prompt."""
+    shards, out = tmp_path / "letters", tmp_path / "out"
+    pictures = [Image.effect_noise((56, 56), 90).convert("RGB") for _ in range(2)]
+
+    def write(answer: str) -> str:
+        def sample(index: int) -> Sample:
+            asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"Letter {index}?"}]}
+            return Sample([asked], [pictures[index]], answer=answer, id=str(index), columns={"benchmark": "letters"})
+
+        write_shards(map(sample, range(2)), shards, overwrite=True)
+        return str(shards)
+
+    run(out, [write("?")])
+    before = lines(out / "samples.jsonl")
+    right = before[0]["extracted"]
+    assert [row["correct"] for row in before] == [0, 0]
+    assert json.loads((out / "evaluation.json").read_text())["repetition_penalty"] == 1.0
+    metrics = run(out, [write(right)])
+    after = lines(out / "samples.jsonl")
+    assert [row["response"] for row in after] == [row["response"] for row in before]
+    assert [row["columns"]["answer"] for row in after] == [right] * 2
+    assert metrics["test/letters/accuracy"] == sum(row["extracted"] == right for row in before) / 2 > 0
+    pictures[1].putpixel((5, 5), (1, 2, 3))
+    with pytest.raises(ValueError, match="an answer to another prompt for sample '1' of letters"):
+        run(out, [write(right)])
 
 
 def test_a_sample_that_is_there_twice(shards: dict[str, str], tmp_path: Path) -> None:
@@ -244,6 +268,7 @@ def test_a_sample_that_is_there_twice(shards: dict[str, str], tmp_path: Path) ->
         run(tmp_path, [shards["letters"], shards["letters"]])
 
 
+@pytest.mark.slow
 def test_steering(whole: tuple[Path, dict[str, float]], shards: dict[str, str], tmp_path: Path) -> None:
     run(tmp_path, [shards["letters"]], image=3.0, system=0.9, mode="mass")
     module, expected = Foreign(), []
@@ -258,6 +283,7 @@ def test_steering(whole: tuple[Path, dict[str, float]], shards: dict[str, str], 
     assert whole[1]["test/letters/vas"] < sum(expected) / 5
 
 
+@pytest.mark.slow
 def test_beside_interventions(shards: dict[str, str], tmp_path: Path) -> None:
     """Both answer; the reward that knows benchmarks scores as the rules do."""
     steering = InterventionCallback(image=3.0, mode="mass", max_new_tokens=3, reward=registry.benchmark_reward)
@@ -273,7 +299,8 @@ def test_beside_interventions(shards: dict[str, str], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [({"max_new_tokens": 0}, "max_new_tokens=0"), ({"queries": ["image"]}, "expected one or both of"),
+    [({"max_new_tokens": 0}, "max_new_tokens=0"), ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
+     ({"queries": ["image"]}, "expected one or both of"),
      ({"image": 1.0, "mode": "post"}, "mode is 'post'")],
 )  # fmt: skip
 def test_arguments_without_meaning(options: dict[str, Any], says: str) -> None:
@@ -289,6 +316,7 @@ def test_samples_of_no_benchmark(make_data: Any, tmp_path: Path) -> None:
         trainer.test(Asked(), make_data(val_batch_size=5).val_dataloader(), verbose=False)
 
 
+@pytest.mark.slow
 def test_through_train_py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As its recipe says, with a judge and an intervention beside it."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")

@@ -42,6 +42,23 @@ def test_samples_of_a_unit_are_drawn_together():
     assert alone.high < 2.5
 
 
+def test_parts_weigh_the_same_and_share_their_units():
+    """Both parts have the questions a, b, c, and the second one has d."""
+    values, units, parts = [1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 5.0], "abcabcd", "1112222"
+    found = bootstrap_mean(values, units, 20_000, parts=parts)
+    assert found.value == pytest.approx((1 / 3 + 7 / 4) / 2)
+    assert (found.num_samples, found.num_units) == (7, 4)
+    first, second = [1.0, 0.0, 0.0, None], [1.0, 1.0, 0.0, 5.0]
+
+    def mean(draw):
+        there = [first[unit] for unit in draw if first[unit] is not None]
+        return (sum(there) / len(there) + sum(second[unit] for unit in draw) / 4) / 2 if there else math.nan
+
+    draws = [value for draw in itertools.product(range(4), repeat=4) if not math.isnan(value := mean(draw))]
+    low, high = (sorted(draws)[math.ceil(share * len(draws)) - 1] for share in (0.025, 0.975))
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.13)
+
+
 def test_a_benchmark_s_own_figures_keep_units_apart_that_are_drawn_twice():
     rows = [{"figure": "ABCD"[i // 2], "correct": c} for i, c in enumerate([1, 1, 1, 0, 0, 0, 1, 1])]
     right = [True, False, False, True]
