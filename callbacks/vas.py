@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from PIL import Image
 
 from avar_lightning.attention import AttentionRecord, observe_attention
 from avar_lightning.callbacks.foreign import find_processor, find_role_ids, locate_vlm, sample_ids
@@ -33,7 +35,8 @@ class VASCallback(Callback):
     Logged, for user tokens (the paper's queries) and with the suffix `_response` for response tokens, means
     over samples: `val/vas`, `val/vas_ratio_of_means` and `val/image_share` (image / (image + system)).
     Pictures go to TensorBoard and to loggers that have `log_image`. Everything, also per sample, is written
-    to `<log_dir>/vas/step_XXXXXXXX.json`. A sample without image, system tokens or queries counts nowhere.
+    to `<log_dir>/vas/step_XXXXXXXX.json`, and the images that overlays lie on to `overlay_<n>.png` beside it.
+    A sample without image, system tokens or queries counts nowhere.
     Several validation dataloaders count as one.
 
     Args:
@@ -233,6 +236,10 @@ class VASCallback(Callback):
         if trainer.is_global_zero and self._measurement.rows:
             report = self._report(trainer, pl_module, metrics)
             write_json(self._folder / f"step_{trainer.global_step:08d}.json", report)
+            for number, overlay in enumerate(self._overlays):
+                picture = self._folder / f"overlay_{number}.png"
+                Image.fromarray(overlay.pixels).save(unfinished := picture.with_suffix(".tmp"), format="PNG")
+                os.replace(unfinished, picture)
             log_figures(trainer.loggers, vas_figures(self._measurement, self._overlays), step=trainer.global_step)
 
     def _scalars(self, measured: Measurement) -> dict[str, float]:

@@ -6,7 +6,7 @@ import argparse
 import shlex
 from typing import Any
 
-from avar_lightning.report.making import ReportConfig, make_report
+from avar_lightning.run_report import ReportConfig, make_report
 
 
 def add_report(commands: Any) -> None:
@@ -32,6 +32,10 @@ def add_report(commands: Any) -> None:
     command.add_argument(
         "--accuracy", default=ReportConfig.accuracy, metavar="METRIC", help="drawn against VAS; default val/accuracy"
     )
+    command.add_argument(
+        "--each", type=int, default=ReportConfig.each, metavar="N", help="runs that get a section of their own, the "
+        "first ones; default 8"
+    )  # fmt: skip
     command.add_argument(
         "--overlays", type=int, default=ReportConfig.overlays, metavar="N", help="images a run with the attention on "
         "them; default 2"

@@ -6,7 +6,7 @@ sample by sample, with a bootstrap interval. InterventionCallback and `avar swee
 """
 
 from avar_lightning.interventions.answering import METRICS, Reward, answer, columns_of, prompt_of
-from avar_lightning.interventions.comparing import Difference, compare, mean, paired_difference
+from avar_lightning.interventions.comparing import compare
 from avar_lightning.interventions.settings import (
     UNSTEERED,
     Setting,
@@ -15,6 +15,7 @@ from avar_lightning.interventions.settings import (
     one_head_each,
     random_heads,
 )
+from avar_lightning.paired import Difference, mean, paired_difference
 
 __all__ = [
     "METRICS",

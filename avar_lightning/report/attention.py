@@ -1,4 +1,4 @@
-"""Pictures of visual attention: by layer and head, by role, and on the image."""
+"""Pictures of visual attention by role, and on the image."""
 
 from __future__ import annotations
 
@@ -9,15 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
-from avar_lightning.report.figure import (
-    as_written,
-    format_number,
-    group_style,
-    heat_colours,
-    index_ticks,
-    needs_log_scale,
-    new_figure,
-)
+from avar_lightning.report.figure import as_written, group_style, index_ticks, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,48 +23,6 @@ ROLE_COLOURS = {
     "other": "#DDDDDD",
 }
 """Colour of each role, and the order in which shares are stacked."""
-
-
-def plot_vas_map(
-    vas_map: ArrayLike, *, layers: Sequence[int] | None = None, title: str = "VAS by layer and head"
-) -> Figure:
-    """Draw a layer × head heat map of the Visual Attention Score.
-
-    Args:
-        vas_map: (L, H) scores, NaN (drawn grey) where undefined.
-        layers: number of each row's layer; 0 … L-1 when not given.
-        title: heading of the picture.
-
-    Returns:
-        The figure; layer 0 is at the bottom, colours are logarithmic where the scores span a factor over 30.
-
-    Raises:
-        ValueError: the map is not two-dimensional.
-    """
-    scores = np.asarray(vas_map, dtype=float)
-    if scores.ndim != 2:
-        raise ValueError(f"vas_map has shape {scores.shape}, expected (layers, heads): average over samples.")
-    num_layers, num_heads = scores.shape
-    finite = scores[np.isfinite(scores)]
-    width, height = min(10.0, 2.4 + 0.36 * num_heads), min(9.0, 1.3 + 0.30 * num_layers)
-    with new_figure(max(4.8, width), max(3.2, height)) as figure:
-        axes = figure.add_subplot()
-        colours, norm = heat_colours(finite)
-        shown = np.ma.masked_invalid(scores)
-        picture = axes.imshow(shown, origin="lower", aspect="auto", cmap=colours, norm=norm)
-        axes.set(xlabel="head", ylabel="layer", title=title)
-        index_ticks(axes, "x", range(num_heads))
-        index_ticks(axes, "y", layers if layers is not None else range(num_layers))
-        axes.spines[:].set_visible(False)
-        if num_layers * num_heads <= 96:
-            for (layer, head), score in np.ndenumerate(scores):
-                if math.isfinite(score):
-                    ink = "black" if norm(score) > 0.6 else "white"
-                    label = format_number(score)
-                    axes.text(head, layer, label, ha="center", va="center", color=ink, fontsize=8)
-        scale = ", log scale" if needs_log_scale(finite) else ""
-        figure.colorbar(picture, ax=axes, label=f"VAS (image / system{scale})")
-    return figure
 
 
 def plot_attention_shares(

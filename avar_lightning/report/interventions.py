@@ -13,13 +13,13 @@ from avar_lightning.report.figure import as_written, format_number, new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_METRICS = {
+METRICS = {
     "accuracy": ("Accuracy (%)", 100.0),
     "vas_ratio_of_means": ("VAS of user tokens", 1.0),
     "vas_ratio_of_means_response": ("VAS of answers", 1.0),
 }
 """Metric → heading, factor to the shown unit."""
-
+UNSTEERED = "unsteered"
 MOST_ROWS = 60
 """Settings that `plot_differences` shows; of more, those whose accuracy changed most."""
 
@@ -33,7 +33,7 @@ def plot_differences(results: Mapping[str, Mapping[str, Any]]) -> Figure:
     Raises:
         ValueError: There is no setting but `unsteered`.
     """
-    steered = {name: result for name, result in results.items() if name != "unsteered"}
+    steered = {name: result for name, result in results.items() if name != UNSTEERED}
     num_settings = len(steered)
     if num_settings > MOST_ROWS:
         largest = sorted(steered, key=lambda name: -abs(steered[name]["accuracy_difference"].mean))[:MOST_ROWS]
@@ -41,8 +41,8 @@ def plot_differences(results: Mapping[str, Mapping[str, Any]]) -> Figure:
     if not steered:
         raise ValueError("results has no steered setting, expected at least one.")
     with new_figure(10.0, 1.5 + 0.34 * len(steered)) as figure:
-        panels = figure.subplots(1, len(_METRICS), sharey=True)
-        for axes, (metric, (heading, factor)) in zip(panels, _METRICS.items(), strict=True):
+        panels = figure.subplots(1, len(METRICS), sharey=True)
+        for axes, (metric, (heading, factor)) in zip(panels, METRICS.items(), strict=True):
             axes.axvline(0, color="#555555", linewidth=1)
             for row, result in enumerate(steered.values()):
                 change = result[f"{metric}_difference"]
@@ -119,20 +119,24 @@ def interventions_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
     A star marks an interval that leaves out 0.
     """
-    headings = ["setting"]
-    for heading, _ in _METRICS.values():
-        headings += [heading, "change (95 % interval)"]
-    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+    headings, *rows = table_cells(results)
+    lines = ["| " + " | ".join(cells) + " |" for cells in (headings, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(headings), *lines[1:]])
+
+
+def table_cells(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """The headings of `interventions_table`, and the cells of each setting."""
+    rows = [["setting", *(cell for heading, _ in METRICS.values() for cell in (heading, "change (95 % interval)"))]]
     for name, result in results.items():
         cells = [name]
-        for metric, (_, factor) in _METRICS.items():
-            cells.append(_value(factor * result[metric]))
+        for metric, (_, factor) in METRICS.items():
             change = result[f"{metric}_difference"]
             star = " *" if change.significant else ""
             interval = f"{factor * change.mean:+.2f} ({factor * change.low:+.2f} to {factor * change.high:+.2f}){star}"
-            cells.append("" if name == "unsteered" else interval if math.isfinite(change.mean) else "–")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            known = interval if math.isfinite(change.mean) else "–"
+            cells += [_value(factor * result[metric]), "" if name == UNSTEERED else known]
+        rows.append(cells)
+    return rows
 
 
 def _value(value: float) -> str:

@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -356,6 +357,20 @@ def test_overlay_is_the_mean_attention_of_the_response(tmp_path: Path) -> None:
     rows = attention[:, 1][:, :, roles[1] == Role.RESPONSE][..., roles[1] == Role.IMAGE]
     np.testing.assert_allclose(report["overlays"][1]["grid"], rows.mean((0, 1, 2)).reshape(2, 2), rtol=1e-4)
     assert all(math.isfinite(value) for row in report["overlays"][0]["grid"] for value in row)
+
+
+def test_the_images_of_overlays_lie_beside_the_json(tmp_path: Path) -> None:
+    """They are those of the batch, and no loggers are needed."""
+    data = batches()
+    red, wide = Image.new("RGB", (6, 4), "red"), Image.new("L", (2048, 8), 7)
+    measure(tmp_path, Foreign(), [data[0] | {"images": [[red], [wide]]}, *data[1:]])
+    assert sorted(path.name for path in tmp_path.rglob("vas/*.*")) == [
+        *("overlay_0.png", "overlay_1.png"),
+        "step_00000000.json",
+    ]
+    first, second = (Image.open(tmp_path / f"vas/overlay_{number}.png") for number in range(2))
+    np.testing.assert_array_equal(np.asarray(first), np.asarray(red))
+    assert (second.size, second.getpixel((0, 0))) == ((512, 2), (7, 7, 7)), "shrunk, and RGB"
 
 
 class Halves(torch.utils.data.Dataset[dict[str, Any]]):

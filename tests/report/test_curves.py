@@ -11,14 +11,31 @@ from avar_lightning.report.figure import group_style
 from avar_lightning.report.maps import plot_map_change
 
 
-def test_a_curve_is_drawn_where_it_is_finite_and_its_baseline_has_a_ring() -> None:
-    curve = Curve("user", {0: 0.5, 1: math.nan, 2: 0.25}, baseline=True)
+def test_a_curve_has_gaps_where_it_is_not_finite_and_its_baseline_a_ring() -> None:
+    curve = Curve("user", {0: 0.5, 1: math.nan, 2: 0.25, 3: math.inf}, baseline=True)
     axes = plot_curves([Panel("Image share (%)", [curve], 100.0)]).axes[0]
     line, ring = axes.lines
-    np.testing.assert_allclose(line.get_xydata(), [[0, 50], [2, 25]])
+    np.testing.assert_equal(line.get_xydata(), [[0, 50], [1, math.nan], [2, 25], [3, math.nan]])
     np.testing.assert_allclose(ring.get_xydata(), [[0, 50]])
     assert axes.get_ylim()[0] == 0
     assert axes.get_yscale() == "linear"
+    assert axes.get_xlim()[1] >= 3, "steps without a value are steps too"
+
+
+@pytest.mark.parametrize("length", [30, 300, 20 * MOST_DRAWN])
+def test_a_long_curve_that_diverges_ends_there(length: int) -> None:
+    """Whether it is drawn as it is, with a running mean, or averaged; and a value between gaps is a dot."""
+    values = np.ones(length)
+    values[length // 2 :] = math.nan
+    values[-length // 30 :] = [7.0] + (length // 30 - 1) * [math.nan] if length <= 300 else 7.0
+    axes = plot_curves([Panel("a", [Curve("x", dict(enumerate(values)))])]).axes[0]
+    bold = axes.lines[-1]
+    steps, drawn = bold.get_xdata(), bold.get_ydata()
+    lost = (steps > length // 2 + 1) & (steps < length - length // 30 - 1)
+    assert np.isnan(drawn[lost]).all()
+    np.testing.assert_allclose(drawn[steps < length // 2 - 1], 1.0)
+    np.testing.assert_allclose(drawn[~np.isnan(drawn) & (steps > length // 2 + 1)], 7.0)
+    assert [drawn[place] for place in bold.get_markevery()] == ([7.0] if length <= 300 else [])
 
 
 def test_a_panel_is_logarithmic_where_values_span_far_and_empty_panels_are_left_out() -> None:

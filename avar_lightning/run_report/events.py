@@ -1,4 +1,4 @@
-"""TensorBoard's event files: every scalar, and the first and last of the pictures of attention on images.
+"""TensorBoard's event files: every scalar.
 
 Their records are framed as in TensorFlow's TFRecord files: length, checksum, message, checksum. The messages are
 tensorboard's own; its reader is not used, because it computes checksums in Python, one megabyte a second.
@@ -6,7 +6,6 @@ tensorboard's own; its reader is not used, because it computes checksums in Pyth
 
 from __future__ import annotations
 
-import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,8 +13,6 @@ from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event
 
-OVERLAY = re.compile(r"vas/overlay_\d+")
-PNG = b"\x89PNG\r\n\x1a\n"
 _HEAD, _CHECKSUM = struct.Struct("<Q4x"), 4
 
 
@@ -26,12 +23,10 @@ class Events:
     Attributes:
         scalars: By tag, the value at each step, in the order of the steps; where a resumed run logged a step again,
             the later one.
-        overlays: By tag, step and PNG of the first and the last picture.
         problems: What could not be read, a sentence each.
     """
 
     scalars: dict[str, dict[int, float]] = field(default_factory=dict)
-    overlays: dict[str, list[tuple[int, bytes]]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
 
@@ -46,7 +41,10 @@ def read_events(folder: Path) -> Events:
     for path in event_files(folder):
         try:
             for record in _records(path):
-                _add(events, Event.FromString(record))
+                event = Event.FromString(record)
+                for value in event.summary.value:
+                    if value.HasField("simple_value"):
+                        events.scalars.setdefault(value.tag, {})[event.step] = value.simple_value
         except Exception as error:  # protobuf raises its own, and is no dependency of ours
             events.problems.append(f"{path.name} is read up to where it breaks off ({type(error).__name__}: {error}).")
     events.scalars = {tag: dict(sorted(values.items())) for tag, values in events.scalars.items()}
@@ -65,15 +63,3 @@ def _records(path: Path) -> Iterator[bytes]:
                 raise EOFError(f"a record of {length} bytes is cut off")
             yield file.read(length)
             file.seek(_CHECKSUM, 1)
-
-
-def _add(events: Events, event: Event) -> None:
-    for value in event.summary.value:
-        if value.HasField("simple_value"):
-            events.scalars.setdefault(value.tag, {})[event.step] = value.simple_value
-        elif value.HasField("image") and OVERLAY.fullmatch(value.tag):
-            picture = value.image.encoded_image_string
-            if picture.startswith(PNG):
-                kept = events.overlays.setdefault(value.tag, [])
-                del kept[1:]
-                kept.append((event.step, picture))

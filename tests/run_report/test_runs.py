@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from avar_lightning.data import Sample, ShardWriter
-from avar_lightning.report.overlays import NoImagesError, find_images
-from avar_lightning.report.runs import SAMPLES, open_run, read_measured, read_overlays
-from avar_lightning.report.steered import read_interventions
-from tests.report.written_runs import measurement, write_events, write_measurements
+from avar_lightning.run_report.figures import figures_part
+from avar_lightning.run_report.interventions import read_interventions
+from avar_lightning.run_report.layers import compared_shares_part
+from avar_lightning.run_report.measurements import SAMPLES, read_grids, read_measured
+from avar_lightning.run_report.runs import open_run
+from tests.run_report.written_runs import measurement, write_events, write_measurements
 
 SWEEP = Path(__file__).parents[2] / "docs/results/sweep.csv"
 
@@ -30,7 +30,9 @@ def test_a_measurement_is_read_with_null_for_undefined(tmp_path: Path) -> None:
     assert math.isnan(found.metrics["val/vas"])
     np.testing.assert_equal(found.maps["user"], [[3.0, 3.0], [math.nan, 3.0]])
     np.testing.assert_allclose(found.shares["user"]["image"], [0.375, 0.375])
-    np.testing.assert_equal(read_overlays(found)["a"], [[1, 2], [3, 4]])
+    ((identifier, grid),) = read_grids(found)
+    assert identifier == "a"
+    np.testing.assert_equal(grid, [[1, 2], [3, 4]])
 
 
 @pytest.mark.parametrize("before", [0, 40_000, (1 << 17) - 60, 300_000])
@@ -67,6 +69,40 @@ def test_first_and_last_figures_are_those_of_summary_and_measurements(tmp_path: 
     before, after = open_run(tmp_path).ends()
     assert (before["val/accuracy"], before["reward/total"]) == (0.25, 1.0)
     assert (after["val/accuracy"], after["reward/total"]) == (0.75, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("steps", "steps_told", "accuracy"),
+    [
+        ((0, 100, 300), "0 → 300", "10.0 → 30.0"),
+        ((100, 200, 300), "100 → 300", "10.0 (step 100) → 30.0"),
+        ((300,), "300", "– → 10.0"),
+        ((0,), "0", "10.0 → –"),
+    ],
+)
+def test_only_a_baseline_is_before_training_and_never_after_it(
+    tmp_path: Path, steps: tuple[int, ...], steps_told: str, accuracy: str
+) -> None:
+    write_measurements(tmp_path, *(measurement(step, accuracy=0.1 * n) for n, step in enumerate(steps, start=1)))
+    (table,) = figures_part([open_run(tmp_path / "vas")]).tables
+    assert table.headings[:3] == ["run", "steps", "Accuracy (%)"]
+    assert table.rows[0][1:3] == [steps_told, accuracy]
+
+
+def test_attention_after_training_leaves_out_what_was_measured_before_it_only(tmp_path: Path) -> None:
+    write_measurements(tmp_path / "untrained", measurement(0))
+    run = open_run(tmp_path / "untrained/vas")
+    run.name = "untrained"
+    part = compared_shares_part([run])
+    assert part.pictures == []
+    assert part.notes[0] == "Measured before training only, and left out here: untrained."
+
+
+def test_steps_follow_as_numbers_and_not_as_letters(tmp_path: Path) -> None:
+    for step in (2, 10, 9):
+        (tmp_path / f"step_{step}.json").write_text(json.dumps(measurement(step)))
+    run = open_run(tmp_path)
+    assert [(m.step, bool(m.maps)) for m in run.measured] == [(2, True), (9, False), (10, True)]
 
 
 def test_what_is_broken_is_named_and_the_rest_is_read(tmp_path: Path) -> None:
@@ -151,24 +187,3 @@ def test_an_ablation_is_no_grid(tmp_path: Path) -> None:
     assert found.grid == []
     assert math.isnan(found.results["without layer 1"]["accuracy_difference"].high)
     assert math.isnan(found.results["without layer 1"]["vas_ratio_of_means"])
-
-
-def test_images_come_from_the_runs_validation_shards(tmp_path: Path) -> None:
-    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
-    messages = [question, {"role": "assistant", "content": "!"}]
-    with ShardWriter(tmp_path / "val", samples_per_shard=2, image_format="png") as writer:
-        for number in range(5):
-            writer.write(Sample(messages, [Image.new("RGB", (4, 4), (number, 0, 0))], id=f"s-{number}"))
-    config = {
-        "data": {"class_path": "avar_lightning.data.ShardDataModule", "init_args": {"val": str(tmp_path / "val")}}
-    }
-    found = find_images(config, ["s-3", "s-0"])
-    assert {name: image.getpixel((0, 0))[0] for name, image in found.items()} == {"s-3": 3, "s-0": 0}
-    with pytest.raises(NoImagesError, match="hold no sample 's-9' with an image"):
-        find_images(config, ["s-9"])
-    config["data"]["init_args"]["val"] = str(tmp_path / "gone")
-    with pytest.raises(NoImagesError, match="cannot be read"):
-        find_images(config, ["s-0"])
-    for other in ({}, {"data": 3}, {"data": {"class_path": "avar_lightning.data.DemoDataModule", "init_args": {}}}):
-        with pytest.raises(NoImagesError, match=r"config\.yaml names no validation shards"):
-            find_images(other, ["s-0"])

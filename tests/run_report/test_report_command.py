@@ -5,19 +5,20 @@ from __future__ import annotations
 import base64
 import json
 import re
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from avar_lightning.commands import main
-from avar_lightning.report import making
-from avar_lightning.report.checkpoints import relations
-from avar_lightning.report.runs import Run, open_run
-from tests.callbacks.test_vas_callback import Foreign, loader, trainer_in
-from tests.report.written_runs import measurement, write_events, write_measurements
+from avar_lightning.run_report.accuracy import accuracy_part
+from avar_lightning.run_report.report import name_runs
+from avar_lightning.run_report.runs import Run, open_run
+from tests.run_report.written_runs import measurement, write_events, write_measurements
 
 USER: dict[str, Any] = {"response": None}  # fewer pictures, which cost time
 BARE = measurement(3) | {"user": {"share": 0.5}, "response": None}  # of which no picture is drawn
@@ -45,13 +46,23 @@ class Page(HTMLParser):
 
 def write_run(folder: Path, *measured: dict, **scalars: list[float]) -> Path:
     write_measurements(folder, *measured)
-    write_events(folder, {name.replace("__", "/"): values for name, values in scalars.items()}, overlays=2)
+    write_events(folder, {name.replace("__", "/"): values for name, values in scalars.items()})
     return folder
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Page]:
+def undrawn() -> Iterator[None]:
+    """Figures are made and their pictures stay white: drawing takes most of the time of a report."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FigureCanvasAgg, "print_png", lambda _, file: Image.new("L", (8, 8), 255).save(file, "PNG"))
+        yield
+
+
+@pytest.fixture(scope="module", params=["undrawn", pytest.param("drawn", marks=pytest.mark.slow)])
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Page]:
     """A report of a run of GRPO with a nasty name, a run with one checkpoint, and one that left events only."""
+    if request.param == "undrawn":
+        request.getfixturevalue("undrawn")
     root = tmp_path_factory.mktemp("runs")
     rl = write_run(
         root / NASTY, measurement(0, **USER), measurement(5, vas=4.0, accuracy=0.625, **USER), reward__total=[1.0, 2.0]
@@ -62,7 +73,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Page]:
     answer = {"prompt": 0, "question": NASTY, "answer": "a", "completion": f"<script>x</script>{NASTY}", "total": 0.5}
     (rl / "completions/step_00000001.jsonl").write_text(json.dumps(answer | {"images": ["../a.png"]}) + "\n")
     Image.new("RGB", (8, 8)).save(rl / "completions/a.png")
-    one = write_measurements(root / "one", measurement(7, accuracy=None, **USER))
+    one = write_measurements(root / "one", measurement(7, accuracy=None, **USER), image=None)
     write_events(root / "died", {"train/loss": []})
     runs = [str(folder) for folder in (rl, one / "vas", root / "died")]
     output = root / "out/report"
@@ -76,7 +87,7 @@ def test_every_picture_is_in_the_page_and_beside_it(made: tuple[Path, Page]) -> 
     beside = {path.name: path.read_bytes() for path in folder.glob("*.png")}
     assert sorted(inside) == sorted(beside.values())
     expected = {"all_vas_by_step", "all_shares_user", "01_vas_by_step", "01_map_user"}
-    expected |= {"01_shares_user", "01_training", "01_overlay_0_step_0", "01_overlay_0_step_1", "02_map_user"}
+    expected |= {"01_shares_user", "01_training", "01_overlay_0_step_0", "01_overlay_0_step_5", "02_map_user"}
     expected |= {"01_prompt_step_00000001"}
     assert {f"{name}.png" for name in expected} <= set(beside)
     for image in page.of("img"):
@@ -112,13 +123,13 @@ def test_the_page_tells_command_figures_and_what_is_missing(made: tuple[Path, Pa
     for figure in ("50.0 → 62.5", "2.0 → 4.0", "4.0 → 8.0"):
         assert figure in page.text
     for missing in (
-        "There is one measurement only, of step 7",
+        "There is one measurement only, step 7",
         "vas/ holds no step_*.json",
         "There is no summary",
     ):
         assert missing in page.text
     assert "2 checkpoints have VAS and val/accuracy; a scatter needs at least 3" in page.text
-    assert "No attention is shown on images, since the event files have no picture" in page.text
+    assert "There is no image vas/overlay_0.png" in page.text
     contents = [link["href"] for link in page.of("a")]
     assert contents == [f"#section-{number}" for number in range(1, 5)]
     assert {f"#{section['id']}" for section in page.of("section")} == set(contents)
@@ -152,51 +163,38 @@ def test_what_is_no_run_is_one_sentence(
     assert not Path("out").exists()
 
 
-def test_a_folder_is_replaced_only_if_it_is_a_report_and_asked_for(tmp_path: Path, capsys: Any) -> None:
-    run = write_measurements(tmp_path / "run", BARE)
-    output = tmp_path / "report"
-    command = ["report", str(run / "vas"), "--output", str(output)]
-    output.mkdir()
-    (output / "notes.md").write_text("mine")
-    assert main([*command, "--overwrite"]) == 1
-    assert "it is no report, so give another folder" in capsys.readouterr().err
-    (output / "notes.md").unlink()
-    assert main(command) == 0, "an empty folder is taken"
-    (output / "stale.png").write_bytes(b"")
-    assert main(command) == 1
-    assert "pass --overwrite to replace it" in capsys.readouterr().err
-    assert main([*command, "--overwrite"]) == 0
-    assert not (output / "stale.png").exists()
-    (output / "notes.md").write_text("mine")
-    assert main([*command, "--overwrite"]) == 1
-    assert (output / "notes.md").read_text() == "mine"
+def test_runs_beyond_each_have_no_section_and_the_page_says_so(tmp_path: Path, undrawn: None) -> None:
+    runs = [str(write_measurements(tmp_path / str(number), BARE) / "vas") for number in range(3)]
+    for each, sections in (("2", 3), ("0", 1)):
+        output = tmp_path / f"report_{each}"
+        assert main(["report", *runs, "--output", str(output), "--each", each]) == 0
+        page = Page(output / "index.html")
+        assert len(page.of("section")) == sections, "all runs, and each"
+        assert f"{each} of 3 runs have a section of their own; --each 3 gives one to all." in page.text
+        assert all(f"{tmp_path.name}/{number}" in page.text for number in range(3)), "in the table"
+    assert main(["report", runs[0], "--output", str(tmp_path / "none"), "--each", "0"]) == 0
+    assert len(Page(tmp_path / "none/index.html").of("section")) == 1, "a page without sections would say nothing"
 
 
-def test_a_report_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_a_report_is_replaced_if_asked_for(tmp_path: Path, capsys: Any) -> None:
     run = write_measurements(tmp_path / "run", BARE)
     command = ["report", str(run / "vas"), "--output", str(tmp_path / "report")]
     assert main(command) == 0
-    before = (tmp_path / "report/index.html").read_bytes()
-
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(Path, "write_text", full)
-    assert main([*command, "--overwrite"]) == 1
-    assert "report cannot be written (No space left on device)" in capsys.readouterr().err
-    assert (tmp_path / "report/index.html").read_bytes() == before
-    assert {path.name for path in tmp_path.iterdir()} == {"run", "report"}
+    assert main(command) == 1
+    assert "report' exists; pass --overwrite to replace it." in capsys.readouterr().err
+    assert main([*command, "--overwrite", "--title", "second"]) == 0
+    assert "<title>second</title>" in (tmp_path / "report/index.html").read_text()
 
 
-def test_a_base_that_several_runs_started_from_is_one_checkpoint(tmp_path: Path) -> None:
+def test_a_base_that_several_runs_started_from_is_one_checkpoint(tmp_path: Path, undrawn: None) -> None:
     runs = []
     for number in range(4):
         ends = measurement(0, **USER), measurement(9, vas=3.0 + number, accuracy=0.1 * number, **USER)
         runs.append(open_run(write_measurements(tmp_path / str(number), *ends)))
-    making.name_runs(runs)
-    part = relations(runs, "val/accuracy", "x_")
+    name_runs(runs)
+    part = accuracy_part(runs, "val/accuracy")
     assert [picture.name for picture in part.pictures] == [
-        f"x_relation_user_{name}" for name in ("mean_of_ratios", "ratio_of_means", "share")
+        f"relation_user_{name}" for name in ("mean_of_ratios", "ratio_of_means", "share")
     ]
     caption = part.pictures[0].caption
     assert caption.startswith("5 checkpoints of 4 runs")
@@ -205,15 +203,15 @@ def test_a_base_that_several_runs_started_from_is_one_checkpoint(tmp_path: Path)
 
 def test_runs_get_short_names_and_groups_when_there_are_many() -> None:
     few = [Run(Path(path), path) for path in ("/r/a/version_0", "/r/b/version_0", "/r/c/x/a/version_0")]
-    making.name_runs(few)
+    name_runs(few)
     assert [run.name for run in few] == ["r/a/version_0", "b/version_0", "x/a/version_0"]
     assert [run.group for run in few] == [run.name for run in few]
     many = [Run(Path(f"/runs/{name}/seed_{seed}/vas"), "") for name in ("plain", "share") for seed in range(4)]
-    making.name_runs(many)
+    name_runs(many)
     assert {run.group for run in many} == {"plain", "share"}
     assert many[0].name == "plain/seed_0"
     twice = [Run(Path(path), path) for path in ("/r/a/b", "/r/a/b/vas")]
-    making.name_runs(twice)
+    name_runs(twice)
     assert [run.name for run in twice] == ["r/a/b (1)", "r/a/b (2)"]
 
 
@@ -222,6 +220,7 @@ def test_a_report_of_what_the_callback_wrote_in_somebody_elses_module(tmp_path: 
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from avar_lightning.callbacks import VASCallback
+    from tests.callbacks.test_vas_callback import Foreign, loader, trainer_in
 
     logger = TensorBoardLogger(tmp_path, name="run")
     trainer_in(tmp_path, VASCallback(), logger=logger, log_every_n_steps=1).fit(Foreign(), loader(), loader())

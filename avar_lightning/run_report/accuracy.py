@@ -1,4 +1,4 @@
-"""The part of a report that puts VAS against accuracy, over all checkpoints."""
+"""VAS against accuracy, over all checkpoints of all runs."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from collections import Counter
 from collections.abc import Sequence
 
 from avar_lightning.report.correlation import spearman
-from avar_lightning.report.page import Part, picture
 from avar_lightning.report.relation import Point, correlation_text, plot_relation
-from avar_lightning.report.runs import QUERIES, Measured, Run
-from avar_lightning.report.together import BEFORE, SCORES, groups_of
+from avar_lightning.run_report.courses import SCORES, groups_of
+from avar_lightning.run_report.layers import BEFORE
+from avar_lightning.run_report.measurements import QUERIES, Measured
+from avar_lightning.run_report.page import Part
+from avar_lightning.run_report.runs import Run
 
 
-def relations(runs: Sequence[Run], accuracy: str, prefix: str) -> Part:
-    """VAS against accuracy over all checkpoints of all runs."""
+def accuracy_part(runs: Sequence[Run], accuracy: str) -> Part:
+    """A scatter for each query set and reduction, the median aside."""
     part = Part("VAS against accuracy")
     checkpoints = _checkpoints(runs, accuracy)
     if len(checkpoints) < 3:
@@ -22,25 +24,21 @@ def relations(runs: Sequence[Run], accuracy: str, prefix: str) -> Part:
         other = f" Measured were {', '.join(known)}; name another with --accuracy." if known else ""
         part.notes.append(f"{len(checkpoints)} checkpoints have VAS and {accuracy}; a scatter needs at least 3.{other}")
         return part
-    values = [measured.metrics[accuracy] for _, measured in checkpoints]
     # Other metrics may be small without being parts of 1.
-    percent = "acc" in accuracy and max(values) <= 1
-    connect = len(groups_of(runs)) == len(runs)
-    for query in QUERIES:
-        for reduction, (heading, factor) in SCORES.items():
-            points = [
-                Point(factor * m.scores[query][reduction], (100 if percent else 1) * m.metrics[accuracy], group)
-                for group, m in checkpoints
-                if query in m.scores
-            ]
-            if sum(math.isfinite(point.x) for point in points) < 3:
-                continue
-            label = accuracy.removeprefix("val/").capitalize() + (" (%)" if percent else "")
-            figure = plot_relation(points, x=heading.format(query), y=label, connect=connect)
+    percent = "acc" in accuracy and max(measured.metrics[accuracy] for _, measured in checkpoints) <= 1
+    label = accuracy.removeprefix("val/").capitalize() + (" (%)" if percent else "")
+    for query, reduction in ((query, reduction) for query in QUERIES for reduction in SCORES if reduction != "median"):
+        heading, factor = SCORES[reduction][0].format(query), SCORES[reduction][1]
+        points = [
+            Point(factor * m.scores[query][reduction], (100 if percent else 1) * m.metrics[accuracy], group)
+            for group, m in checkpoints
+            if query in m.scores
+        ]
+        if sum(math.isfinite(point.x) for point in points) >= 3:
+            figure = plot_relation(points, x=heading, y=label, connect=len(groups_of(runs)) == len(runs))
             last = _of_last(runs, accuracy, query, reduction)
             caption = f"{len(points)} checkpoints of {len(runs)} runs, from vas/step_*.json.{last}"
-            alt = f"Scatter of {heading.format(query)} against {label}."
-            part.pictures.append(picture(f"{prefix}relation_{query}_{reduction}", figure, alt=alt, caption=caption))
+            part.add(f"relation_{query}_{reduction}", figure, alt=f"Scatter of {heading}, {label}.", caption=caption)
     part.notes.append(
         "Checkpoints of one run, and runs from one base, are not independent, so that intervals over them are too "
         "narrow. A base that several runs started from counts once."
@@ -50,9 +48,8 @@ def relations(runs: Sequence[Run], accuracy: str, prefix: str) -> Part:
 
 def _of_last(runs: Sequence[Run], accuracy: str, query: str, reduction: str) -> str:
     """The correlation over the last checkpoints alone, in a sentence."""
-    last = [run.measured[-1] for run in runs if run.measured and query in run.measured[-1].scores]
-    pairs = [(m.scores[query][reduction], m.metrics.get(accuracy, math.nan)) for m in last]
-    rank = spearman([x for x, _ in pairs], [y for _, y in pairs])
+    last = [measured for run in runs for measured in run.trained[-1:] if query in measured.scores]
+    rank = spearman([m.scores[query][reduction] for m in last], [m.metrics.get(accuracy, math.nan) for m in last])
     if rank.n < 4 or not math.isfinite(rank.r):
         return ""
     return f" Of the last checkpoint of each run alone: {correlation_text('Spearman ρ', rank)}, n = {rank.n}."

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -45,21 +46,23 @@ def measurement(step: int, *, vas: float = 2.0, accuracy: float | None = 0.5, de
     }
 
 
-def write_measurements(folder: Path, *measured: dict) -> Path:
+def write_measurements(folder: Path, *measured: dict, image: str | None = "red") -> Path:
+    """The files of VASCallback; the image under `overlays` has this colour."""
     (folder / "vas").mkdir(parents=True, exist_ok=True)
     for one in measured:
         text = json.dumps(one, indent=1).replace("NaN", "null")
         (folder / "vas" / f"step_{one['step']:08d}.json").write_text(text)
+    if image:
+        Image.new("RGB", (4, 4), image).save(folder / "vas/overlay_0.png")
     return folder
 
 
-def write_events(folder: Path, scalars: dict[str, list[float]], overlays: int = 0) -> Path:
+def write_events(folder: Path, scalars: dict[str, list[float]], images: int = 0) -> Path:
     with SummaryWriter(str(folder)) as writer:
         for tag, values in scalars.items():
             for step, value in enumerate(values):
                 writer.add_scalar(tag, value, step)
-        for step in range(overlays):
-            writer.add_image("vas/overlay_0", np.full((2, 3, 3), 50 * step, np.uint8), step, dataformats="HWC")
+        for step in range(images):
             writer.add_image("vas/map_user", np.zeros((2, 2, 3), np.uint8), step, dataformats="HWC")
     (path,) = folder.glob("events.out.tfevents.*")
     return path

@@ -12,11 +12,16 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from avar_lightning.report import together
-from avar_lightning.report.alone import describe
-from avar_lightning.report.checkpoints import relations
-from avar_lightning.report.page import Section, refuse_existing, write_page
-from avar_lightning.report.runs import Run, open_run
+from avar_lightning.run_report.accuracy import accuracy_part
+from avar_lightning.run_report.completions import completions_part
+from avar_lightning.run_report.courses import compared_part, training_part, vas_part
+from avar_lightning.run_report.events import event_files
+from avar_lightning.run_report.figures import facts, figures_part
+from avar_lightning.run_report.interventions import interventions_part
+from avar_lightning.run_report.layers import compared_shares_part, maps_part, shares_part
+from avar_lightning.run_report.overlays import overlays_part
+from avar_lightning.run_report.page import Section, refuse_existing, write_page
+from avar_lightning.run_report.runs import Run, open_run
 
 T = TypeVar("T")
 MOST_COLOURS = 7
@@ -35,6 +40,8 @@ class ReportConfig:
     """Of the page."""
     accuracy: str = "val/accuracy"
     """The metric that VAS is drawn against."""
+    each: int = 8
+    """Most runs that get a section of their own."""
     overlays: int = 2
     """Most samples of a run whose attention on the image is shown."""
     overwrite: bool = False
@@ -44,8 +51,9 @@ class ReportConfig:
         """Refuse what cannot be reported."""
         if not self.runs:
             raise ValueError("runs is empty, expected at least one.")
-        if self.overlays < 0:
-            raise ValueError(f"overlays is {self.overlays}, expected 0 (none) or more.")
+        for name in ("each", "overlays"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 (none) or more.")
 
 
 def make_report(config: ReportConfig, *, command: str = "") -> Path:
@@ -69,15 +77,45 @@ def make_report(config: ReportConfig, *, command: str = "") -> Path:
     runs = [open_run(path) for path in _with_progress(list(given.values()), "reading")]
     name_runs(runs)
     side_by_side = [run for run in runs if run.measured or run.events.scalars or run.summary]
-    sections = [_all_runs(side_by_side, config)] if len(side_by_side) > 1 else []
-    for number, run in enumerate(_with_progress(runs, "drawing"), start=1):
-        section = describe(run, f"{number:02}_", overlays=config.overlays)
-        if [run] == side_by_side:
-            section.parts.insert(0, together.figures_table([run]))
-            section.parts += [relations([run], config.accuracy, f"{number:02}_")] if run.measured else []
-        sections.append(section)
+    shown = runs[: config.each]
+    alone = [run for run in shown if [run] == side_by_side]
+    sections = [] if alone or (shown and not side_by_side) else [_all_runs(side_by_side, config)]
+    for number, run in enumerate(_with_progress(shown, "drawing"), start=1):
+        sections.append(_one_run(run, f"{number:02}_", config, alone=run in alone))
+    if len(shown) < len(runs):
+        sections[0].notes.append(
+            f"{config.each} of {len(runs)} runs have a section of their own; --each {len(runs)} gives one to all."
+        )
     made = f"avar_lightning {version('avar-lightning')}, {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
-    return write_page(folder, config.title, sections, command=command, made=made)
+    return write_page(folder, config.title, sections, command=command, made=made, overwrite=config.overwrite)
+
+
+def _all_runs(runs: Sequence[Run], config: ReportConfig) -> Section:
+    parts = [
+        figures_part(runs),
+        vas_part(runs),
+        accuracy_part(runs, config.accuracy),
+        compared_shares_part(runs),
+        compared_part(runs),
+    ]
+    return Section("All runs", "all_", parts=parts)
+
+
+def _one_run(run: Run, prefix: str, config: ReportConfig, *, alone: bool) -> Section:
+    """Everything that is known of a run, and what is said of all where it is alone."""
+    section = Section(run.name, prefix, list(facts(run)), list(run.problems))
+    parts = section.parts
+    parts += [figures_part([run])] if alone else []
+    parts += [vas_part([run])] if run.measured else []
+    parts += [training_part(run)] if run.events.scalars else []
+    if run.measured:
+        parts += [maps_part(run), shares_part(run), overlays_part(run, most=config.overlays)]
+    parts += [completions_part(run)] if run.completions else []
+    parts += [interventions_part(steered, number) for number, steered in enumerate(run.steered)]
+    parts += [accuracy_part([run], config.accuracy)] if alone and run.measured else []
+    if event_files(run.path) and not run.events.scalars:
+        section.notes.append("The event files hold no numbers yet.")
+    return section
 
 
 def name_runs(runs: Sequence[Run]) -> None:
@@ -100,17 +138,6 @@ def name_runs(runs: Sequence[Run]) -> None:
 def _telling_parts(path: Path) -> tuple[str, ...]:
     """Of the vas/ folder of a run, the run's."""
     return path.parts[1:-1] if path.name == "vas" else path.parts[1:]
-
-
-def _all_runs(runs: Sequence[Run], config: ReportConfig) -> Section:
-    parts = [
-        together.figures_table(runs),
-        together.vas_by_step(runs, "all_"),
-        relations(runs, config.accuracy, "all_"),
-        together.shares(runs, "all_"),
-        together.training(runs, "all_"),
-    ]
-    return Section("All runs", parts=parts)
 
 
 def _with_progress(items: Sequence[T], what: str) -> Iterable[T]:
