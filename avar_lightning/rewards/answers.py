@@ -98,6 +98,19 @@ def judge(completions: Sequence[Any], columns: Sequence[Mapping[str, Any]]) -> l
     return accuracy_reward(completions, answer, options=options, tolerance=tolerance)
 
 
+def chosen_option(text: str, options: Any) -> str | None:
+    """The letter of the option that an answer means; None where it means none, or several.
+
+    Args:
+        text: An answer: a letter, the text of an option, or both in agreement.
+        options: A list of texts, or a mapping from letters; without any, every letter counts.
+
+    >>> chosen_option("(B) cat", ["dog", "cat"]), chosen_option("A, B", ["dog", "cat"]), chosen_option("c", None)
+    ('B', None, 'C')
+    """
+    return _chosen(text, _option_texts(options))
+
+
 def format_reward(completions: Sequence[Any], **_: Any) -> list[float]:
     """1.0 where the completion is exactly `<think>…</think><answer>…</answer>`, each tag once, else 0.0.
 

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
 _POWER = r"(?:\s*(?:×|\\times|\*|x)\s*10\s*\^?\s*\{?(?P<power>[-+−]?\d{1,3})\}?|[eE](?P<exponent>[-+]?\d{1,3}))?"
 _QUANTITY = re.compile(
-    rf"(?P<sign>[-+−]?)\s*(?P<currency>\\?\$|€|£|¥)?\s*(?P<sign2>[-+−]?)\s*(?P<number>{_DIGITS}){_POWER}"
-    rf"(?:\s*/\s*(?P<divisor>{_DIGITS}))?\s*(?P<unit>[^\d\s].*)?"
+    rf"(?P<sign>[-+−]?)\s*(?P<currency>\\?\$|€|£|¥)?\s*(?P<sign2>[-+−]?)\s*(?:(?P<whole>\d[\d,]*)\s+(?=\d+\s*/\s*\d))?"
+    rf"(?P<number>{_DIGITS}){_POWER}(?:\s*/\s*(?P<divisor>{_DIGITS}))?\s*(?P<unit>[^\d\s].*)?"
 )
-_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}")
+# With a space before it, so that whole numbers stay apart from the fraction that they are mixed with.
+_FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}(?!\s*[\d.])")
+_DASH = re.compile(r"^[–—‒](?=\s*[\d.])")
+_GROUPED = re.compile(r"(?<=\d)(?:\\[,;:!]|\{,\}|[\u2009\u202f\u00a0])(?=\d{3}(?!\d))")
+_SPACE = re.compile(r"\\[,;:! ]|[~\u2009\u202f\u00a0]")
+_SCALE = re.compile(r"(?i)(thousand|million|billion|trillion)s?\b\s*(?:of\b)?")
+_SCALES = {"thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
 _NO_UNITS = {"or", "and", "to", "not", "is", "of", "wrong", "right", "maybe", "perhaps"}
 _UNITS = {
     "degree": "°", "deg": "°", r"\circ": "°", "degree celsius": "°c", "celsius": "°c", "percent": "%", r"\%": "%",
@@ -38,12 +44,17 @@ class Quantity:
 
     value: float
     unit: str
+    scale: float = field(default=1.0, repr=False)
+    """1e6 where the text says "million": then `value` counts millions."""
 
     def equals(self, other: Quantity, tolerance: Tolerance) -> bool:
-        """Whether both mean the same; a unit that only one of them has is taken for understood."""
+        """Whether both mean the same; a unit, or "million", that only one of them has is taken for understood."""
         if self.unit and other.unit and self.unit != other.unit:
             return False
-        return math.isclose(self.value, other.value, rel_tol=tolerance.relative, abs_tol=tolerance.absolute)
+        pairs = [(self.value * self.scale, other.value * other.scale)]
+        if 1.0 in (self.scale, other.scale):
+            pairs.append((self.value, other.value))
+        return any(math.isclose(*pair, rel_tol=tolerance.relative, abs_tol=tolerance.absolute) for pair in pairs)
 
 
 def parse_quantity(text: str) -> Quantity | None:
@@ -51,14 +62,16 @@ def parse_quantity(text: str) -> Quantity | None:
 
     >>> parse_quantity("1,250.5 cm"), parse_quantity(r"\frac{3}{4}"), parse_quantity("$5")
     (Quantity(value=1250.5, unit='cm'), Quantity(value=0.75, unit=''), Quantity(value=5.0, unit='$'))
-    >>> parse_quantity("2x + 1") is None
-    True
+    >>> parse_quantity(r"12\frac{1}{2}"), parse_quantity("1.2 million").scale, parse_quantity("2x + 1")
+    (Quantity(value=12.5, unit=''), 1000000.0, None)
     """
-    text = _FRACTION.sub(r"\1/\2", text.strip())
-    found = _QUANTITY.fullmatch(text)
-    if found is None:
+    text = _FRACTION.sub(r" \1/\2", _SPACE.sub(" ", _GROUPED.sub("", _DASH.sub("-", text.strip()))))
+    found = _QUANTITY.fullmatch(text.strip())
+    if found is None or (found["whole"] and not (found["divisor"] and re.fullmatch(r"\d+", found["number"]))):
         return None
-    unit = _unit(found["unit"] or "")
+    unit_text = found["unit"] or ""
+    scaled = _SCALE.match(unit_text)
+    unit = _unit(unit_text[scaled.end() :] if scaled else unit_text)
     if unit is None:
         return None
     power = (found["power"] or found["exponent"] or "0").replace("−", "-")
@@ -67,12 +80,13 @@ def parse_quantity(text: str) -> Quantity | None:
         divisor = _number(found["divisor"])
         if divisor == 0:
             return None
-        value /= divisor
+        value = value / divisor + _number(found["whole"] or "0")
     negative = (found["sign"] in ("-", "−")) != (found["sign2"] in ("-", "−"))
     currency = (found["currency"] or "").lstrip("\\")
     if not math.isfinite(value) or (currency and unit not in ("", currency)):
         return None
-    return Quantity(-value if negative else value, currency or unit)
+    scale = _SCALES[scaled[1].lower()] if scaled else 1.0
+    return Quantity(-value if negative else value, currency or unit, scale)
 
 
 def parse_tolerance(value: Any) -> Tolerance:
