@@ -48,8 +48,9 @@ class Benchmark:
     """The answer in a response, by rules; None where rules find none."""
     score: Callable[[str, Columns], bool]
     """Whether an extracted answer is right, as the authors decide it."""
-    extraction_prompt: Callable[[str, Columns], str]
-    """What a judge is asked where `extract` finds nothing; its reply goes through `read_judgement`."""
+    extraction_prompt: Callable[[str, Columns], str | None]
+    """What a judge is asked where `extract` finds nothing; its reply goes through `read_judgement`. None where nobody
+    is to be asked, since the response has no conclusion."""
     read_judgement: Callable[[str, Columns], str | None]
     """The answer in a judge's reply; None where the response has none."""
     categories: tuple[str, ...] = ()

@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from avar_lightning.benchmarks.answers import conclusion, stated
+from avar_lightning.benchmarks.answers import conclusion, stated, unmarked
 from avar_lightning.benchmarks.benchmark import Benchmark, Columns, Row
 from avar_lightning.benchmarks.drafting import draft, need
 from avar_lightning.benchmarks.judging import ask
@@ -31,8 +31,19 @@ CLOSING = " Please answer yes or no."
 UNCLEAR = "unclear"
 _KEYS = ("category", "subcategory", "set_id", "figure_id", "question_id")
 _YES_OR_NO = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
-_STATED = re.compile(r"\banswer\b(?:\s+(?:is|should be|would be))?\s*:?[\s*\"'`]*(yes|no)\b", re.IGNORECASE)
-_LEADING = re.compile(r"[\s*\"'`]*(yes|no)\b(?!\s+(?:one|longer|more)\b)", re.IGNORECASE)
+# "No difference" is no "no".
+_NO_NO = re.compile(r"\bno (?:one|longer|more|difference|change|doubt|matter|problem|question|two)\b", re.IGNORECASE)
+_STATED = re.compile(
+    r"\banswer\b(?: to (?:the|this) question)?(?:\s+(?:is|should be|would be))?\s*:?\s*(yes|no)\b"
+    r"(?=\s*(?:[.,;:!]|$|because|since|as\b|although|but\b))",
+    re.IGNORECASE,
+)
+_LEADING = re.compile(r"(?:(yes)\b|(no)\b(?=\s*(?:[.,;:!\n]|$)))", re.IGNORECASE)
+_STANDING = re.compile(r"\b(?:(yes)\b|(no)\b(?=\s*(?:[.,;:!\n]|$)))", re.IGNORECASE)
+_OPEN = re.compile(r"\bnot (?:a )?(?:yes|no)\b|\b(?:yes|no) or (?:yes|no)\b|\b(?:yes|no)\?", re.IGNORECASE)
+_REPLY = re.compile(
+    rf"(?:the )?(?:final )?(?:answer\b(?: of the response)?(?: is|:) )?(yes|no|{UNCLEAR})", re.IGNORECASE
+)
 _UNCLEAR = re.compile(
     r"\b(?:unclear|uncertain|unknown|not (?:clear|certain|sure)|"
     r"(?:can(?:not|'t| not)|impossible to|unable to|not possible to) (?:be )?(?:determine|tell|say|answer|know)\w*)",
@@ -73,18 +84,26 @@ def read(record: Mapping[str, Any], config: ConvertConfig) -> Draft:
 def extract(response: str, columns: Columns) -> str | None:
     """yes, no or unclear; None where a response says both or neither.
 
+    The last "the answer is yes"; else a word that begins the response and that no other contradicts; else, as in
+    VLMEvalKit, the only one of both words.
+
     >>> extract("Yes, there is no difference.", {}), extract("I see no cat.", {}), extract("It is hard.", {})
     ('yes', 'no', None)
     """
     short_answer = stated(response)
-    text = " ".join((conclusion(response) if short_answer is None else short_answer).split())
+    text = " ".join(unmarked(conclusion(response) if short_answer is None else short_answer).split())
     statements = _STATED.findall(text)
+    if statements:
+        return str(statements[-1]).lower()
+    if _OPEN.search(text):
+        return None
     leading = _LEADING.match(text)
-    if statements or leading:
-        return (statements[-1] if statements else leading[1]).lower()  # type: ignore[index]
+    standing = {"yes" if yes else "no" for yes, no in _STANDING.findall(text)}
+    if leading:
+        return leading[0].lower() if len(standing) == 1 else None
     said = {word.lower() for word in _YES_OR_NO.findall(text)}
     if len(said) == 1 and not _UNCLEAR.search(text):
-        return said.pop()
+        return None if _NO_NO.search(text) else said.pop()
     return UNCLEAR if not said and _UNCLEAR.search(text) else None
 
 
@@ -95,15 +114,16 @@ def score(extracted: str, columns: Columns) -> bool:
     return extracted == columns["answer"]
 
 
-def question_to_judge(response: str, columns: Columns) -> str:
+def question_to_judge(response: str, columns: Columns) -> str | None:
     """As the authors' judge, without the reference: yes, no, or unclear."""
     return ask(response, columns, f"yes, no, or {UNCLEAR} if the response does not commit itself,")
 
 
 def read_judgement(reply: str, columns: Columns) -> str | None:
     """yes, no or unclear."""
-    found = re.match(rf"[\s*\"'`]*(yes|no|{UNCLEAR})\b", reply, re.IGNORECASE)
-    return found[1].lower() if found else None
+    text = unmarked(conclusion(reply))
+    found = _REPLY.match(text)
+    return found[1].lower() if found and re.match(r"\s*(?:[.,;:!\n]|$)", text[found.end() :]) else None
 
 
 def metrics(rows: Sequence[Row]) -> dict[str, float]:

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from avar_lightning.benchmarks.answers import choose, letter_of, options_in
 from avar_lightning.benchmarks.benchmark import Benchmark, Columns
 from avar_lightning.benchmarks.drafting import draft, need
 from avar_lightning.benchmarks.judging import ask_letter, ask_value, read_letter, read_value
-from avar_lightning.benchmarks.values import find_value, same_value
+from avar_lightning.benchmarks.letters import choose
+from avar_lightning.benchmarks.options import letter_of, options_in
+from avar_lightning.benchmarks.values import find_value, option_with_value, same_value
 from avar_lightning.conversion.config import ConvertConfig
 from avar_lightning.conversion.formats import Draft
 
@@ -49,9 +50,11 @@ def read(record: Mapping[str, Any], config: ConvertConfig) -> Draft | None:
 
 
 def extract(response: str, columns: Columns) -> str | None:
-    """A letter, or the value that the response names."""
-    letter = choose(response, columns.get("options") or {}) if columns["question_type"] == CHOICE else None
-    return letter or find_value(response)
+    """A letter, also where the response names the value of its option; of a free question, the value."""
+    if columns["question_type"] != CHOICE:
+        return find_value(response)
+    options = columns.get("options") or {}
+    return choose(response, options) or option_with_value(response, options)
 
 
 def score(extracted: str, columns: Columns) -> bool:
@@ -65,7 +68,7 @@ def score(extracted: str, columns: Columns) -> bool:
     return same_value(extracted, answer)
 
 
-def question_to_judge(response: str, columns: Columns) -> str:
+def question_to_judge(response: str, columns: Columns) -> str | None:
     """Ask for the letter or the value; options are in the question."""
     asked = {**columns, "options": None}
     return (ask_letter if columns["question_type"] == CHOICE else ask_value)(response, asked)

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from avar_lightning.benchmarks.answers import choose, lettered
 from avar_lightning.benchmarks.benchmark import Benchmark, Columns
 from avar_lightning.benchmarks.drafting import draft, literal_list, need
 from avar_lightning.benchmarks.judging import ask_letter, ask_value, read_letter, read_value
-from avar_lightning.benchmarks.values import find_value, same_value
+from avar_lightning.benchmarks.letters import choose
+from avar_lightning.benchmarks.options import lettered
+from avar_lightning.benchmarks.values import find_value, option_with_value, same_value
 from avar_lightning.conversion.config import ConvertConfig
 from avar_lightning.conversion.formats import Draft
 
@@ -50,9 +51,11 @@ def read(record: Mapping[str, Any], config: ConvertConfig) -> Draft:
 
 
 def extract(response: str, columns: Columns) -> str | None:
-    """A letter, or the value that the response names."""
-    letter = choose(response, columns["options"]) if columns.get("options") else None
-    return letter or find_value(response)
+    """A letter, also where the response names the value of its option; without options, the value."""
+    options = columns.get("options")
+    if not options:
+        return find_value(response)
+    return choose(response, options) or option_with_value(response, options, decimals=2)
 
 
 def score(extracted: str, columns: Columns) -> bool:
@@ -63,7 +66,7 @@ def score(extracted: str, columns: Columns) -> bool:
     return same_value(extracted, str(options.get(answer, answer)), decimals=2)
 
 
-def question_to_judge(response: str, columns: Columns) -> str:
+def question_to_judge(response: str, columns: Columns) -> str | None:
     """Ask for the letter or the value."""
     return (ask_letter if columns.get("options") else ask_value)(response, columns)
 

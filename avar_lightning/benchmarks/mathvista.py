@@ -10,11 +10,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from avar_lightning.benchmarks.answers import choose, conclusion, lettered, named, stated
 from avar_lightning.benchmarks.benchmark import Benchmark, Columns
 from avar_lightning.benchmarks.drafting import draft, need
 from avar_lightning.benchmarks.judging import ask_letter, ask_value, read_letter, read_value
-from avar_lightning.benchmarks.values import find_value, list_in, number_in, parse_list, same_number
+from avar_lightning.benchmarks.letters import choose
+from avar_lightning.benchmarks.options import lettered
+from avar_lightning.benchmarks.values import (
+    find_list,
+    find_value,
+    number_in,
+    option_with_value,
+    parse_list,
+    readings,
+    same_number,
+)
 from avar_lightning.conversion.config import ConvertConfig
 from avar_lightning.conversion.formats import Draft
 from avar_lightning.conversion.rejecting import BadRecord, short
@@ -78,17 +87,19 @@ def read(record: Mapping[str, Any], config: ConvertConfig) -> Draft | None:
 
 
 def extract(response: str, columns: Columns) -> str | None:
-    """A letter or what is named as an answer; a number without unit; a list in Python's notation."""
+    """A letter, also where the response names the value of its option; a number without unit; a list as in Python."""
     if columns["question_type"] == CHOICE:
-        return choose(response, columns["options"]) or stated(response) or named(conclusion(response)) or None
+        return choose(response, columns["options"]) or option_with_value(response, columns["options"])
+    if columns["answer_type"] == "list":
+        return find_list(response)
     value = find_value(response)
-    if value is None:
-        return None
-    return {"list": list_in, "integer": number_in, "float": number_in}[columns["answer_type"]](value)
+    return None if value is None else number_in(value)
 
 
 def score(extracted: str, columns: Columns) -> bool:
     """The authors' comparison: of the nearest choice, of integers cut, of numbers rounded to the precision, of lists.
+
+    A share may be written in percent, and "1.2 million" is either 1.2 or 1,200,000.
 
     >>> score("3.96", {"question_type": "free_form", "answer_type": "float", "precision": 1, "answer": "4.0"})
     True
@@ -99,15 +110,16 @@ def score(extracted: str, columns: Columns) -> bool:
         return options.get(extracted) == answer or (
             extracted not in options and nearest(extracted, list(options.values())) == answer
         )
-    try:
-        if kind == "integer":
-            return int(float(extracted)) == int(float(answer))
-    except (ValueError, OverflowError):
+    if kind == "list":
+        ours, theirs = parse_list(extracted), parse_list(answer)
+        return ours is not None and ours == theirs
+    given, right = readings(extracted), readings(answer)
+    if not right:
         return False
-    if kind == "float":
-        return same_number(extracted, answer, int(columns["precision"]))
-    ours, theirs = parse_list(extracted), parse_list(answer)
-    return ours is not None and ours == theirs
+    if kind == "integer":  # cut, but neither a share nor "1.2 million" to less than they say
+        whole = given if len(given) == 1 else [number for number in given if number.is_integer()]
+        return any(int(number) == int(right[0]) for number in whole)
+    return any(same_number(number, right[0], int(columns["precision"])) for number in given)
 
 
 def nearest(text: str, choices: Sequence[str]) -> str:
@@ -129,7 +141,7 @@ def edit_distance(ours: str, theirs: str) -> int:
     return row[-1]
 
 
-def question_to_judge(response: str, columns: Columns) -> str:
+def question_to_judge(response: str, columns: Columns) -> str | None:
     """Ask for the letter, or the value in the unit of the question."""
     return (ask_letter if columns["question_type"] == CHOICE else ask_value)(response, columns)
 

@@ -12,11 +12,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from avar_lightning.benchmarks.answers import conclusion, is_word, letter_of, lettered, stated
+from avar_lightning.benchmarks.answers import conclusion, stated
 from avar_lightning.benchmarks.benchmark import Benchmark, Columns
 from avar_lightning.benchmarks.drafting import draft, literal_list, need
 from avar_lightning.benchmarks.judging import ask_letter, ask_value, read_letter, read_value
+from avar_lightning.benchmarks.letters import choose, prescribed_line
 from avar_lightning.benchmarks.openanswers import same_open_answer
+from avar_lightning.benchmarks.options import lettered
 from avar_lightning.conversion.config import ConvertConfig
 from avar_lightning.conversion.formats import Draft
 
@@ -30,6 +32,7 @@ _FORM = (
 STANDARD_CLOSING = f"Answer the preceding multiple choice question. {_FORM}"
 VISION_PROMPT = f"Write out the multiple-choice question in the image and then solve it. {_FORM}"
 MULTIPLE_CHOICE = "multiple-choice"
+_DOUBT = re.compile(r"\b(?:if|would|not|never|wrong|incorrect|cannot|too|options?)\b|n't\b|\?")
 _ID = re.compile(r"[^_]+_(.+)_\d+")
 
 
@@ -77,52 +80,33 @@ def read_vision(record: Mapping[str, Any], config: ConvertConfig) -> Draft | Non
 
 def extract(response: str, columns: Columns) -> str | None:
     """A letter, or for an open question the text that is searched for the answer."""
-    short = stated(response)
     if columns.get("question_type", MULTIPLE_CHOICE) != MULTIPLE_CHOICE:
-        return short or conclusion(response) or None
-    options = columns["options"]
-    return (short and letter_of(short, options)) or parse_choice(short or conclusion(response), options)
+        return stated(response) or conclusion(response) or None
+    return choose(response, columns["options"], last=[option_said])
 
 
 def extract_pro(response: str, columns: Columns) -> str | None:
-    """A letter: what is tagged, the last line `Answer: X`, or else as in MMMU."""
-    options = columns["options"]
-    if stated(response) is None:
-        _, found, after = conclusion(response).rpartition("Answer:")
-        letters = [letter for letter in options if re.search(rf"\b{letter}\b", after)] if found else []
-        if len(letters) == 1:
-            return letters[0]
-    return extract(response, columns)
+    """A letter: that of the last `Answer: X`, which the prompt prescribes, or else as in MMMU."""
+    return choose(response, columns["options"], first=[prescribed_line], last=[option_said])
 
 
-def parse_choice(response: str, options: Mapping[str, str]) -> str | None:
-    """The authors' reading of a response to a multiple-choice question; None where they would guess.
+def option_said(text: str, options: Mapping[str, str]) -> str | None:
+    """The one option whose text is in the last sentence of more than five words, as the authors look for it.
 
-    The last letter in brackets; else the last that stands alone, or (as in MMMU-Pro) before a full stop; else the last
-    option whose text is in the response, where that has more than five words. Unlike theirs, the article "A" and the
-    pronoun "I" are no letters, and lines are joined first.
-
-    >>> parse_choice("Not (A) but (C), I think.", {"A": "x", "B": "y", "C": "z"})
-    'C'
+    >>> option_said("We add both. So the total comes to $7 then", {"A": "$6", "B": "$7"})
+    'B'
     """
-    for mark in ",.!?;:'":
-        response = response.strip(mark)
-    text = f" {' '.join(response.split())} "
-    forms = (r"\({}\)", r"(?<= ){}(?= )", r"(?<= ){}(?=\. )")
-    for form in forms:
-        ends = {
-            match.start(): letter
-            for letter in options
-            for match in re.finditer(form.format(letter), text)
-            if not is_word(text, letter, match.end())
-        }
-        if ends:
-            return ends[max(ends)]
-    if len(text.split()) > 5:
-        last = {letter: text.lower().rfind(option.lower()) for letter, option in options.items() if option}
-        found = max(last, key=lambda letter: last[letter], default=None)
-        return found if found is not None and last[found] >= 0 else None
-    return None
+    if len(text.split()) <= 5:
+        return None
+    sentences = [part for part in re.split(r"(?<=[.!?;])\s+|\n", text.casefold()) if part.strip()]
+    if not sentences or _DOUBT.search(sentences[-1]):
+        return None
+    said = [
+        letter
+        for letter, option in options.items()
+        if option and re.search(rf"(?<![\w.]){re.escape(option.casefold())}(?!\w|\.\d)", sentences[-1])
+    ]
+    return said[0] if len(said) == 1 else None
 
 
 def score(extracted: str, columns: Columns) -> bool:
@@ -133,7 +117,7 @@ def score(extracted: str, columns: Columns) -> bool:
     return same_open_answer(extracted, answer if isinstance(answer, list) else [str(answer)])
 
 
-def question_to_judge(response: str, columns: Columns) -> str:
+def question_to_judge(response: str, columns: Columns) -> str | None:
     """Ask for the letter or the value."""
     return (ask_letter if columns.get("options") else ask_value)(response, columns)
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from avar_lightning.benchmarks.answers import choose, options_in
 from avar_lightning.benchmarks.benchmark import Benchmark, Columns
 from avar_lightning.benchmarks.drafting import draft, need
 from avar_lightning.benchmarks.judging import ask_letter, read_letter
+from avar_lightning.benchmarks.letters import choose
+from avar_lightning.benchmarks.options import options_in
 from avar_lightning.conversion.config import ConvertConfig
 from avar_lightning.conversion.formats import Draft
 
