@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -15,13 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
-ROLE_COLOURS = {
-    "system": "#E69F00",
-    "user": "#56B4E9",
-    "image": "#009E73",
-    "response": "#CC79A7",
-    "other": "#DDDDDD",
-}
+ROLE_COLOURS = {"system": "#E69F00", "user": "#56B4E9", "image": "#009E73", "response": "#CC79A7", "other": "#DDDDDD"}
 """Colour of each role, and the order in which shares are stacked."""
 
 
@@ -106,15 +100,8 @@ def plot_shares_by_layer(
                 colour, marker, line = group_style(index)
                 mean = shares[role].mean(axis=0)
                 # So that one layer, or a crowd of lines, can be told apart too.
-                axes.plot(
-                    mean,
-                    color=colour,
-                    linestyle=line,
-                    marker=marker,
-                    markersize=4,
-                    markevery=0.12,
-                    label=as_written(name),
-                )
+                dots: dict[str, Any] = {"marker": marker, "markersize": 4, "markevery": 0.12}
+                axes.plot(mean, color=colour, linestyle=line, label=as_written(name), **dots)
                 if len(shares[role]) > 1:
                     spread = shares[role].std(axis=0, ddof=1)
                     axes.fill_between(range(len(mean)), mean - spread, mean + spread, color=colour, alpha=0.18, lw=0)

@@ -50,13 +50,12 @@ class Panel:
         return any(math.isfinite(value) for curve in self.curves for value in curve.values.values())
 
 
-def plot_curves(panels: Sequence[Panel], *, title: str = "", shared_legend: bool = False) -> Figure:
+def plot_curves(panels: Sequence[Panel], *, shared_legend: bool = False) -> Figure:
     """Draw quantities by step, at most three panels in a row.
 
     Args:
         panels: What is drawn; a panel is logarithmic where its curves are positive and span a factor over 30, and
             starts at 0 where they are not negative.
-        title: Heading of the picture.
         shared_legend: One legend below for all panels, of the names of all curves, instead of one in each.
 
     Raises:
@@ -78,8 +77,6 @@ def plot_curves(panels: Sequence[Panel], *, title: str = "", shared_legend: bool
         if shared_legend and len(names) > 1:
             handles = {label: line for axes in places for line, label in zip(*axes.get_legend_handles_labels())}
             figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-        if title:
-            figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     return figure
 
 

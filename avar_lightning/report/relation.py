@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -107,28 +107,20 @@ def _draw_group(axes: Axes, points: Sequence[Point], index: int, *, connect: boo
     across, up = [point.x for point in points], [point.y for point in points]
     if connect:
         axes.plot(across, up, color=colour, linestyle=line, linewidth=1, alpha=0.45, zorder=1)
-    axes.scatter(
-        across,
-        up,
-        s=38,
-        color=colour,
-        marker=marker,
-        edgecolors="white",
-        linewidths=0.7,
-        label=as_written(points[0].group),
-        zorder=3,
-    )
+    dots: dict[str, Any] = {
+        "s": 38,
+        "color": colour,
+        "marker": marker,
+        "edgecolors": "white",
+        "linewidths": 0.7,
+        "zorder": 3,
+    }
+    axes.scatter(across, up, label=as_written(points[0].group), **dots)
     for point in points:
         if point.x_interval is not None:
             axes.hlines(point.y, *point.x_interval, color=colour, linewidth=1.2, alpha=0.6, zorder=2)
         if point.y_interval is not None:
             axes.vlines(point.x, *point.y_interval, color=colour, linewidth=1.2, alpha=0.6, zorder=2)
         if point.label:
-            axes.annotate(
-                as_written(point.label),
-                (point.x, point.y),
-                (4, 4),
-                textcoords="offset points",
-                fontsize=8,
-                color="#444444",
-            )
+            words: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "color": "#444444"}
+            axes.annotate(as_written(point.label), (point.x, point.y), (4, 4), **words)

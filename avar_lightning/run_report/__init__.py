@@ -1,5 +1,5 @@
 """What runs left behind, read back and put on one page: `avar report`."""
 
-from avar_lightning.run_report.report import ReportConfig, make_report
+from avar_lightning.run_report.report import TITLE, make_report
 
-__all__ = ["ReportConfig", "make_report"]
+__all__ = ["TITLE", "make_report"]

@@ -56,7 +56,7 @@ def vas_part(runs: Sequence[Run]) -> Part:
         return part
 
     def panel(heading: str, factor: float, value: Callable[[Measured], float | None]) -> Panel:
-        return Panel(heading, [_course(run, style, value) for run, style in zip(runs, styles(runs))], factor)
+        return Panel(heading, [_course(run, value) for run in runs], factor)
 
     panels = [
         panel(heading.format(query), factor, _score(query, reduction))
@@ -86,16 +86,16 @@ def _table(only: Measured) -> Table:
     return Table(["tokens", *headings], rows, f"Means over samples, from {only.path.name}.")
 
 
-def _course(run: Run, style: int, of: Callable[[Measured], float | None]) -> Curve:
+def _course(run: Run, of: Callable[[Measured], float | None]) -> Curve:
     values = {m.step: value for m in run.measured if (value := of(m)) is not None}
     baselines = [m.step for m in run.measured if m.baseline]
-    return Curve(run.group, values, style, bool(baselines) and next(iter(values), None) == baselines[0])
+    return Curve(run.group, values, run.style, bool(baselines) and next(iter(values), None) == baselines[0])
 
 
 def compared_part(runs: Sequence[Run]) -> Part:
     """Losses and rewards of several runs by step."""
     panels = [
-        Panel(heading, [Curve(r.group, r.events.scalars.get(tag, {}), s) for r, s in zip(runs, styles(runs))], factor)
+        Panel(heading, [Curve(run.group, run.events.scalars.get(tag, {}), run.style) for run in runs], factor)
         for tag, (heading, factor) in COMPARED.items()
     ]
     caption = f"From the event files of every run. {NOISE}{_colours(runs)}"
@@ -134,12 +134,6 @@ def _drawn(part: Part, name: str, panels: list[Panel], caption: str, *, nothing:
 def groups_of(runs: Sequence[Run]) -> list[str]:
     """The groups of runs, each once."""
     return list(dict.fromkeys(run.group for run in runs))
-
-
-def styles(runs: Sequence[Run]) -> list[int]:
-    """For each run the number of its group, by which it gets colour, marker and line."""
-    groups = groups_of(runs)
-    return [groups.index(run.group) for run in runs]
 
 
 def _colours(runs: Sequence[Run]) -> str:

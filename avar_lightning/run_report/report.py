@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -24,43 +23,32 @@ from avar_lightning.run_report.page import Section, refuse_existing, write_page
 from avar_lightning.run_report.runs import Run, open_run
 
 T = TypeVar("T")
+TITLE = "Visual attention of training runs"
 MOST_COLOURS = 7
 """With more runs, those of one folder share a colour."""
 
 
-@dataclass(frozen=True)
-class ReportConfig:
-    """What is reported, and where."""
-
-    runs: Sequence[str]
-    """Folders of runs, `vas/` folders, single measurements, or folders of sweeps."""
-    output: str
-    """Folder of the report."""
-    title: str = "Visual attention of training runs"
-    """Of the page."""
-    accuracy: str = "val/accuracy"
-    """The metric that VAS is drawn against."""
-    each: int = 8
-    """Most runs that get a section of their own."""
-    overlays: int = 2
-    """Most samples of a run whose attention on the image is shown."""
-    overwrite: bool = False
-    """Replace a report in `output`."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be reported."""
-        if not self.runs:
-            raise ValueError("runs is empty, expected at least one.")
-        for name in ("each", "overlays"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 (none) or more.")
-
-
-def make_report(config: ReportConfig, *, command: str = "") -> Path:
+def make_report(
+    runs: Sequence[str],
+    output: str,
+    *,
+    title: str = TITLE,
+    accuracy: str = "val/accuracy",
+    each: int = 8,
+    overlays: int = 2,
+    overwrite: bool = False,
+    command: str = "",
+) -> Path:
     """Write the page and its pictures.
 
     Args:
-        config: What is reported.
+        runs: Folders of runs, `vas/` folders, single measurements, or folders of sweeps.
+        output: Folder of the report.
+        title: Of the page.
+        accuracy: The metric that VAS is drawn against.
+        each: Most runs that get a section of their own.
+        overlays: Most samples of a run whose attention on the image is shown.
+        overwrite: Replace a report in `output`.
         command: That asked for it, which the page tells.
 
     Returns:
@@ -68,51 +56,48 @@ def make_report(config: ReportConfig, *, command: str = "") -> Path:
 
     Raises:
         FileNotFoundError: A run does not exist.
-        ValueError: A run is none.
+        ValueError: A run is none, there is none, or a number is negative.
         FileExistsError: `output` holds something else, or a report that may not be overwritten.
     """
-    folder = Path(config.output).expanduser().resolve()
-    refuse_existing(folder, overwrite=config.overwrite)
-    given = {Path(path).expanduser().resolve(): path for path in config.runs}
-    runs = [open_run(path) for path in _with_progress(list(given.values()), "reading")]
-    name_runs(runs)
-    side_by_side = [run for run in runs if run.measured or run.events.scalars or run.summary]
-    shown = runs[: config.each]
+    if not runs:
+        raise ValueError("runs is empty, expected at least one.")
+    for name, value in (("each", each), ("overlays", overlays)):
+        if value < 0:
+            raise ValueError(f"{name} is {value}, expected 0 (none) or more.")
+    folder = Path(output).expanduser().resolve()
+    refuse_existing(folder, overwrite=overwrite)
+    given = {Path(path).expanduser().resolve(): path for path in runs}
+    found = [open_run(path) for path in _with_progress(list(given.values()), "reading")]
+    name_runs(found)
+    side_by_side = [run for run in found if run.measured or run.events.scalars or run.summary]
+    shown = found[:each]
     alone = [run for run in shown if [run] == side_by_side]
-    sections = [] if alone or (shown and not side_by_side) else [_all_runs(side_by_side, config)]
+    sections = [] if alone or (shown and not side_by_side) else [_all_runs(side_by_side, accuracy)]
     for number, run in enumerate(_with_progress(shown, "drawing"), start=1):
-        sections.append(_one_run(run, f"{number:02}_", config, alone=run in alone))
-    if len(shown) < len(runs):
-        sections[0].notes.append(
-            f"{config.each} of {len(runs)} runs have a section of their own; --each {len(runs)} gives one to all."
-        )
+        sections.append(_one_run(run, f"{number:02}_", overlays))
+        if run in alone:
+            sections[-1].parts.insert(0, figures_part([run]))
+            sections[-1].parts += [accuracy_part([run], accuracy)] if run.measured else []
+    if len(shown) < len(found):
+        told = f"{each} of {len(found)} runs have a section of their own; --each {len(found)} gives one to all."
+        sections[0].notes.append(told)
     made = f"avar_lightning {version('avar-lightning')}, {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
-    return write_page(folder, config.title, sections, command=command, made=made, overwrite=config.overwrite)
+    return write_page(folder, title, sections, command=command, made=made, overwrite=overwrite)
 
 
-def _all_runs(runs: Sequence[Run], config: ReportConfig) -> Section:
-    parts = [
-        figures_part(runs),
-        vas_part(runs),
-        accuracy_part(runs, config.accuracy),
-        compared_shares_part(runs),
-        compared_part(runs),
-    ]
-    return Section("All runs", "all_", parts=parts)
+def _all_runs(runs: Sequence[Run], accuracy: str) -> Section:
+    parts = [figures_part(runs), vas_part(runs), accuracy_part(runs, accuracy)]
+    return Section("All runs", "all_", parts=[*parts, compared_shares_part(runs), compared_part(runs)])
 
 
-def _one_run(run: Run, prefix: str, config: ReportConfig, *, alone: bool) -> Section:
-    """Everything that is known of a run, and what is said of all where it is alone."""
+def _one_run(run: Run, prefix: str, overlays: int) -> Section:
     section = Section(run.name, prefix, list(facts(run)), list(run.problems))
     parts = section.parts
-    parts += [figures_part([run])] if alone else []
     parts += [vas_part([run])] if run.measured else []
     parts += [training_part(run)] if run.events.scalars else []
-    if run.measured:
-        parts += [maps_part(run), shares_part(run), overlays_part(run, most=config.overlays)]
+    parts += [maps_part(run), shares_part(run), overlays_part(run, most=overlays)] if run.measured else []
     parts += [completions_part(run)] if run.completions else []
-    parts += [interventions_part(steered, number) for number, steered in enumerate(run.steered)]
-    parts += [accuracy_part([run], config.accuracy)] if alone and run.measured else []
+    parts += [interventions_part(steered, place) for place, steered in enumerate(run.steered)]
     if event_files(run.path) and not run.events.scalars:
         section.notes.append("The event files hold no numbers yet.")
     return section
@@ -131,8 +116,10 @@ def name_runs(runs: Sequence[Run]) -> None:
             run.name += f" ({number + 1})"  # a run, and its own vas/ folder
     folders = Counter(run.name.rpartition("/")[0] for run in runs)
     shared = len(runs) > MOST_COLOURS and len(folders) < len(runs)
+    groups: dict[str, int] = {}
     for run in runs:
         run.group = run.name.rpartition("/")[0] if shared else run.name
+        run.style = groups.setdefault(run.group, len(groups))
 
 
 def _telling_parts(path: Path) -> tuple[str, ...]:

@@ -29,7 +29,8 @@ class Run:
     given: str
     name: str = ""
     group: str = ""
-    """Runs of a group share a colour."""
+    style: int = 0
+    """Number of the group, by which it gets colour, marker and line."""
     measured: list[Measured] = field(default_factory=list)
     """In the order of their steps; the first and the last with maps."""
     events: Events = field(default_factory=Events)
