@@ -218,6 +218,7 @@ def test_rules_of_today_judge_answers_of_yesterday(
     assert read
 
 
+@pytest.mark.slow
 def test_what_differs_is_named(shards: dict[str, str], tmp_path: Path) -> None:
     run(tmp_path, [shards["letters"]])
     other = Asked()
@@ -261,11 +262,6 @@ def test_shards_that_were_mended(tmp_path: Path) -> None:
     pictures[1].putpixel((5, 5), (1, 2, 3))
     with pytest.raises(ValueError, match="an answer to another prompt for sample '1' of letters"):
         run(out, [write(right)])
-
-
-def test_a_sample_that_is_there_twice(shards: dict[str, str], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'letters-0' of letters is there twice"):
-        run(tmp_path, [shards["letters"], shards["letters"]])
 
 
 @pytest.mark.slow

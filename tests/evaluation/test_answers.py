@@ -104,6 +104,17 @@ def test_answers_get_the_columns_of_now(tmp_path: Path) -> None:
     assert mended["columns"]["answer"] == "b"
 
 
+def test_a_sample_that_is_there_twice(tmp_path: Path) -> None:
+    books = [AnswerBook(tmp_path, rank) for rank in range(2)]
+    with pytest.raises(ValueError, match="'0' of letters is there twice"):
+        books[0].missing([columns(0), columns(0)], ["p", "p"])
+    books[0].append([row(0)])
+    books[1].missing([columns(0)], ["p"])
+    books[1].append([row(0)])
+    with pytest.raises(ValueError, match="'0' of letters is there twice"):
+        books[0].joined(book.seen for book in books)
+
+
 def test_line_separators_within_responses(tmp_path: Path) -> None:
     text = "one\u2028two\u0085three\x1c\r\nfour"
     with enter(tmp_path):
