@@ -25,6 +25,11 @@ def own_id(columns: Columns) -> str:
     return str(columns["id"])
 
 
+def no_doubt(records: Sequence[Mapping[str, Any]]) -> str:
+    """Other parts of most datasets have other columns, or say in a column what they are."""
+    return ""
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """One benchmark, as its authors run it.
@@ -53,6 +58,9 @@ class Benchmark:
     is to be asked, since the response has no conclusion."""
     read_judgement: Callable[[str, Columns], str | None]
     """The answer in a judge's reply; None where the response has none."""
+    doubt: Callable[[Sequence[Mapping[str, Any]]], str] = no_doubt
+    """What says of a file's first records that they are of another part of `hub`, for a message; "" where nothing
+    does."""
     categories: tuple[str, ...] = ()
     """Columns by which results are also given; a sample whose column is a list counts under each of its items."""
     unit: Callable[[Columns], str] = own_id

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from avar_lightning.benchmarks.fetching import find_records
+from avar_lightning.benchmarks.fetching import find_records, hub_commit
 from avar_lightning.benchmarks.registry import benchmark_of
 from avar_lightning.conversion import ConversionReport, ConvertConfig, Reading, convert
 
 
 def convert_benchmark(name: str, config: ConvertConfig, *, progress: bool = True) -> ConversionReport:
-    """Convert a benchmark's reported split into shards.
+    """Convert a benchmark's reported split into shards; their manifest says of which dataset and commit of the Hub.
 
     Args:
         name: Of the benchmark.
@@ -23,4 +23,6 @@ def convert_benchmark(name: str, config: ConvertConfig, *, progress: bool = True
     """
     benchmark = benchmark_of(name)
     source = find_records(benchmark, config.src)
-    return convert(config, progress=progress, reading=Reading(source, benchmark.name, benchmark.draft))
+    commit = hub_commit(source)
+    origin = {"hub": benchmark.hub} | ({"commit": commit} if commit else {})
+    return convert(config, progress=progress, reading=Reading(source, benchmark.name, benchmark.draft, origin))

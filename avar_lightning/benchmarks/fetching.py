@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from avar_lightning.benchmarks.benchmark import Benchmark
 from avar_lightning.conversion.tables import TableFiles
 
+FIRST_RECORDS = 20  # by which files of another part are told
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -20,8 +23,35 @@ def find_records(benchmark: Benchmark, src: str | Path) -> TableFiles:
 
     Raises:
         FileNotFoundError: Nothing is there.
-        ValueError: The folder holds none of the files, or the Hub cannot give them.
+        ValueError: The folder holds none of the files, or those of another part, or the Hub cannot give them.
     """
+    source = _find(benchmark, src)
+    read = source.read(islice(source.addresses(), FIRST_RECORDS))
+    doubt = benchmark.doubt([record for _, record in read if isinstance(record, dict)])
+    if doubt:
+        raise ValueError(f"{src} is not of {benchmark.title}: {doubt}; expected {' and '.join(benchmark.files)}")
+    return source
+
+
+def hub_commit(source: TableFiles) -> str | None:
+    """The commit of the Hub that all files are of, where its cache or `hf download --local-dir` says so; else None."""
+    commits = {_commit_of(path) for path in source.files}
+    return commits.pop() if len(commits) == 1 else None
+
+
+def _commit_of(path: Path) -> str | None:
+    path = path.absolute()
+    for folder in path.parents:
+        if folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name):
+            return folder.name
+        said = folder / ".cache/huggingface/download" / f"{path.relative_to(folder)}.metadata"
+        if said.is_file():
+            commit = said.read_text().partition("\n")[0].strip()
+            return commit if _COMMIT.fullmatch(commit) else None
+    return None
+
+
+def _find(benchmark: Benchmark, src: str | Path) -> TableFiles:
     path = Path(src)
     if path.is_file():
         if path.suffix != ".parquet":

@@ -9,7 +9,8 @@ decide, and counts as wrong otherwise.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from avar_lightning.benchmarks.answers import conclusion, stated
@@ -21,6 +22,7 @@ from avar_lightning.benchmarks.openanswers import same_open_answer
 from avar_lightning.benchmarks.options import lettered
 from avar_lightning.conversion.config import ConvertConfig
 from avar_lightning.conversion.formats import Draft
+from avar_lightning.conversion.rejecting import BadRecord
 
 MMMU_HUB, PRO_HUB = "MMMU/MMMU", "MMMU/MMMU_Pro"
 CHOICE_CLOSING = "Answer with the option's letter from the given choices directly."
@@ -67,6 +69,15 @@ def read_pro(record: Mapping[str, Any], config: ConvertConfig) -> Draft | None:
     question, options = str(need(record, "question")), lettered(literal_list(record, "options"))
     lines = [question, *(f"{letter}. {text}" for letter, text in options.items()), STANDARD_CLOSING]
     return _pro(record, config, "mmmu_pro", question, options, prompt="\n".join(lines), numbered=_images(record))
+
+
+def doubt_pro(records: Sequence[Mapping[str, Any]]) -> str:
+    """The questions with four options have the columns, names and number of those with ten."""
+    most = 0
+    for record in records:
+        with suppress(BadRecord):  # which the conversion names
+            most = max(most, len(literal_list(record, "options")))
+    return f"its questions have {most} options at most, as of standard (4 options)" if 0 < most <= 4 else ""
 
 
 def read_vision(record: Mapping[str, Any], config: ConvertConfig) -> Draft | None:
@@ -201,6 +212,7 @@ MMMU_PRO = _benchmark(
     files=("standard (10 options)/test-*.parquet",),
     draft=read_pro,
     extract=extract_pro,
+    doubt=doubt_pro,
     categories=("subject", "topic_difficulty", "img_type"),
 )
 MMMU_PRO_VISION = _benchmark(

@@ -12,6 +12,7 @@ from avar_lightning.conversion.config import FIELD_NAMES
 from avar_lightning.conversion.formats import FORMATS
 
 # With --benchmark, its own adapter says what these would.
+OF_VALIDATE = ("src", "dst", "workers")
 NOT_OF_BENCHMARKS = ("format", "images", "columns", "drop", "split", "source", "prepend_images")
 
 
@@ -90,6 +91,9 @@ def _convert(parser: argparse.ArgumentParser, options: dict[str, Any]) -> None:
     if options.pop("validate"):
         if options["dst"] is not None:
             parser.error("--validate checks the shards SRC; leave DST out")
+        others = [name for name in options if name not in OF_VALIDATE and options[name] != parser.get_default(name)]
+        if others:
+            parser.error(f"{_flag(others[0])} does not go with --validate, which checks shards of any kind")
         _validate(ConvertConfig(options["src"], "", workers=options["workers"]))
         return
     if options["dst"] is None:
@@ -98,8 +102,7 @@ def _convert(parser: argparse.ArgumentParser, options: dict[str, Any]) -> None:
     if benchmark is not None:
         given = [name for name in NOT_OF_BENCHMARKS if options[name] != parser.get_default(name)]
         if given:
-            flag = {"columns": "column"}.get(given[0], given[0]).replace("_", "-")
-            parser.error(f"--{flag} does not go with --benchmark, which knows the fields of {benchmark}")
+            parser.error(f"{_flag(given[0])} does not go with --benchmark, which knows the fields of {benchmark}")
     options["columns"] = dict(options["columns"])
     options["drop"] = tuple(options["drop"])
     config = ConvertConfig(**options)
@@ -110,6 +113,10 @@ def _convert(parser: argparse.ArgumentParser, options: dict[str, Any]) -> None:
     print(report)
     if report.samples != asked and not config.limit:
         print(f"{benchmark} has {asked} questions; results on these {report.samples} are not those of the benchmark")
+
+
+def _flag(name: str) -> str:
+    return "--" + {"columns": "column"}.get(name, name).replace("_", "-")
 
 
 def _validate(config: ConvertConfig) -> None:

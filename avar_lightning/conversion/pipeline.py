@@ -7,7 +7,7 @@ in memory does not grow with the input: addresses of the records of a few chunks
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -21,7 +21,7 @@ from avar_lightning.conversion.formats import FORMATS, Format, detect_format
 from avar_lightning.conversion.processes import open_pool
 from avar_lightning.conversion.rejecting import Tally
 from avar_lightning.conversion.sources import Source, find_source
-from avar_lightning.conversion.workfolder import REJECTED, WorkFolder
+from avar_lightning.conversion.workfolder import ORIGIN, REJECTED, WorkFolder
 
 FIRST_RECORDS = 20  # by whose fields the format is told
 
@@ -34,11 +34,13 @@ class Reading:
         source: The records.
         name: What a report calls their format.
         read: What one of them means; a function of a module, since other processes call it.
+        origin: Where the records come from, for the manifest.
     """
 
     source: Source
     name: str
     read: Format
+    origin: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -178,6 +180,7 @@ def _plan(reading: Reading, config: ConvertConfig) -> dict[str, Any]:
         "images": str(Path(config.images or source.folder).resolve()),
         "format": reading.name,
         **{name: getattr(config, name) for name in options},
+        **({ORIGIN: dict(reading.origin)} if reading.origin else {}),
     }
 
 

@@ -21,6 +21,7 @@ from avar_lightning.data.shards import MANIFEST, UNFINISHED
 from avar_lightning.files import json_line, write_json
 
 REJECTED = "rejected.jsonl"
+ORIGIN = "origin"  # in the plan: what the manifest says beside its shards
 # In the plan, once it is to be published:
 _RESULT = "result"  # the manifest
 _LEFT_OUT = "left_out"  # the number of records that were left out, which the manifest does not say
@@ -149,9 +150,11 @@ class WorkFolder:
             if report["entry"]:
                 shards.append({"name": f"shard-{len(shards):06d}.tar", **report["entry"]})
                 moves[f"{UNFINISHED}/{path.with_suffix('.tar').name}"] = shards[-1]["name"]
-        manifest = {"samples": sum(shard["samples"] for shard in shards), "shards": shards}
+        plan = json.loads(self._plan.read_text())
+        samples = sum(shard["samples"] for shard in shards)
+        manifest = {**plan.get(ORIGIN, {}), "samples": samples, "shards": shards}
         self._write_rejected()
-        write_json(self._plan, {**json.loads(self._plan.read_text()), _RESULT: manifest, _LEFT_OUT: left_out})
+        write_json(self._plan, {**plan, _RESULT: manifest, _LEFT_OUT: left_out})
         publish(self.dst, moves, manifest)
         self.remove()
         return manifest

@@ -19,6 +19,7 @@ from tests.benchmarks.schemas import (
     hallusionbench,
     mathvista,
     mmmu,
+    mmmu_pro,
     mmstar,
     picture,
     write_benchmark,
@@ -28,6 +29,19 @@ from tests.conversion.conftest import read, shown
 
 EXPECTED = {"mathvista": 4, "mathvision": 3, "mathverse_vo": 2, "mmmu": 3, "mmmu_pro": 2, "mmmu_pro_vision": 1,
             "mmstar": 2, "hallusionbench": 4}  # fmt: skip
+
+
+CATEGORIES = {
+    "mathvista": {"question_type", "answer_type", "task", "category", "grade", "skills", "context", "language",
+                  "dataset"},
+    "mathvision": {"subject", "level", "question_type"},
+    "mathverse_vo": {"subject", "subfield", "question_type", "dataset"},
+    "mmmu": {"subject", "topic_difficulty", "img_type", "question_type"},
+    "mmmu_pro": {"subject", "topic_difficulty", "img_type"},
+    "mmmu_pro_vision": {"subject"},
+    "mmstar": {"category", "l2_category"},
+    "hallusionbench": {"category", "subcategory", "visual_input", "figure"},
+}  # fmt: skip
 
 
 def run(src: Any, dst: Path, name: str, *options: str) -> int:
@@ -54,12 +68,14 @@ def colours(sample: dict[str, Any]) -> list[int]:
 def test_every_benchmark_converts_its_reported_split(name: str, tmp_path: Path) -> None:
     samples = converted(tmp_path, name)
     assert len(samples) == EXPECTED[name]
+    assert set(BENCHMARKS[name].categories) == CATEGORIES[name]
     for sample in samples:
         columns = sample["json"]
         assert (columns["benchmark"], columns["source"]) == (name, BENCHMARKS[name].hub)
         assert columns["answer"]
         assert columns["question"]
-        assert all(category in columns or name.startswith("mmmu") for category in BENCHMARKS[name].categories)
+        missing = {category for category in CATEGORIES[name] if columns.get(category) in (None, "")}
+        assert missing <= ({"img_type"} if columns["id"] == "validation_Art_3" else set())  # "[]" in its record
         assert "other" not in columns["id"]
     assert len({sample["json"]["id"] for sample in samples}) == len(samples)
     assert main(["convert", str(tmp_path / "out"), "--validate", "--workers", "1"]) == 0
@@ -224,6 +240,49 @@ def test_a_hub_name_fetches_only_the_reported_split(tmp_path: Path, monkeypatch:
     assert asked == {"name": "MMMU/MMMU_Pro", "repo_type": "dataset",
                      "allow_patterns": ["standard (10 options)/test-*.parquet"]}  # fmt: skip
     assert len(read(tmp_path / "out")) == 2
+
+
+def test_four_options_are_not_taken_for_ten(tmp_path: Path, capsys: Any) -> None:
+    records = [mmmu_pro(id=f"test_Art_{number}", options="['a', 'b', 'c', 'd']", answer="B") for number in range(3)]
+    write_parquet(tmp_path / "flat" / "test-00000-of-00002.parquet", records)
+    for src in (tmp_path / "flat", tmp_path / "flat" / "test-00000-of-00002.parquet"):
+        assert run(src, tmp_path / "out", "mmmu_pro") == 1
+        said = capsys.readouterr().err
+        assert "is not of MMMU-Pro (10 options): its questions have 4 options at most, as of standard (4 opt" in said
+    write_parquet(tmp_path / "ten.parquet", [*records, mmmu_pro()])  # a question may have fewer
+    assert run(tmp_path / "ten.parquet", tmp_path / "out", "mmmu_pro") == 0
+
+
+def test_the_manifest_says_which_commit_of_the_hub(tmp_path: Path) -> None:
+    commits = ["0123456789" * 4, "abcdef0123" * 4]
+
+    def manifest(src: Path, dst: str) -> dict[str, Any]:
+        assert run(src, tmp_path / dst, "hallusionbench") == 0
+        assert main(["convert", str(tmp_path / dst), "--validate", "--workers", "1"]) == 0
+        return {key: value for key, value in json.loads((tmp_path / dst / "manifest.json").read_text()).items()
+                if key != "shards"}  # fmt: skip
+
+    known = {"hub": "lmms-lab/HallusionBench", "samples": 4}
+    cached = write_benchmark(tmp_path / "snapshots" / commits[0], "hallusionbench")
+    assert manifest(cached, "a") == known | {"commit": commits[0]}
+    local = write_benchmark(tmp_path / "local", "hallusionbench")
+    assert manifest(local, "b") == known
+    said = local / ".cache/huggingface/download"  # as hf download --local-dir leaves it
+    for path, commit in zip(FILES["hallusionbench"], (commits[1], commits[1]), strict=True):
+        (said / f"{path}.metadata").parent.mkdir(parents=True, exist_ok=True)
+        (said / f"{path}.metadata").write_text(f"{commit}\netag\n1.0\n")
+    assert manifest(local, "c") == known | {"commit": commits[1]}
+    (said / f"{path}.metadata").write_text(f"{commits[0]}\netag\n1.0\n")
+    assert manifest(local, "d") == known  # files of two commits
+
+
+@pytest.mark.parametrize(
+    "options", [["--benchmark", "mmstar"], ["--limit", "3"], ["--overwrite"], ["--column", "id=x"]]
+)
+def test_options_that_checking_would_ignore_are_refused(options: list[str], tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["convert", str(tmp_path), "--validate", *options])
+    assert f"{options[0]} does not go with --validate" in capsys.readouterr().err
 
 
 def test_files_may_lie_side_by_side(tmp_path: Path) -> None:
