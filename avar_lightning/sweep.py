@@ -228,10 +228,10 @@ def _open_answers(folder: Path, now: dict[str, Any], *, overwrite: bool) -> dict
         )
     found: dict[tuple[str, str, int], dict[str, Any]] = {}
     if answers.is_file():
-        lines = answers.read_text().splitlines(keepends=True)
-        if lines and not lines[-1].endswith("\n"):  # the sweep was stopped while it wrote this one
-            answers.write_text("".join(lines[:-1]))
-            lines.pop()
+        # Not splitlines, which also splits at other line ends, and an answer may hold those.
+        *lines, half = answers.read_text().split("\n")
+        if half:  # the sweep was stopped while it wrote this one
+            answers.write_text("".join(f"{line}\n" for line in lines))
         for line in lines:
             row: dict[str, Any] = json.loads(line)
             row |= {name: math.nan for name in METRICS if row[name] is None}

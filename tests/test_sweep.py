@@ -85,7 +85,8 @@ def test_an_interrupted_sweep_goes_on_and_a_larger_grid_adds(
         if len(calls) == 3:
             raise KeyboardInterrupt
         calls.append(args[2].name)
-        return real(*args, **kwargs)
+        rows = real(*args, **kwargs)
+        return [row | {"completion": f"{row['completion']}\u2028"} for row in rows]  # a line separator, but no line end
 
     monkeypatch.setattr(avar_lightning.sweep, "answer", stopping)
     assert main(small) == 130

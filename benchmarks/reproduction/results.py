@@ -119,7 +119,7 @@ class Results:
 
     def _right(self, folder: Path) -> NDArray[np.float64]:
         """Whether each question was answered right (questions,)."""
-        rows = [json.loads(line) for line in answers_path(folder).read_text().splitlines()]
+        rows = [json.loads(line) for line in answers_path(folder).read_text().split("\n") if line]
         return np.array([row["accuracy"] for row in sorted(rows, key=lambda row: row["id"])], float)
 
 
