@@ -48,7 +48,7 @@ def table(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "answers.jsonl").read_text().rstrip("\n").split("\n")]
 
 
 def test_a_sweep_writes_answers_table_and_pictures(models: Path, shards: str, tmp_path: Path, capsys: Any) -> None:

@@ -141,7 +141,8 @@ def _read_mapping(run: Run, name: str) -> dict[str, Any]:
 
 def _read_lines(run: Run, path: Path) -> list[dict[str, Any]]:
     rows = []
-    for place, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+    lines = path.read_text(errors="replace").rstrip("\n").split("\n")  # completions may hold other line ends
+    for place, line in enumerate(lines, start=1):
         try:
             rows.append(mapping(json.loads(line)))
         except ValueError:
