@@ -62,9 +62,10 @@ _PREDICATE = re.compile(
 )
 _AFTER_A_LETTER = re.compile(r"\s+(?!is\b|because\b|since\b|as\b|and\b|or\b|for\b|but\b|which\b|from\b|in\b)[a-z]")
 _CLOSING = re.compile(
-    rf"(?:\b(?:it|this)(?: {_IS}|['’]s)|\b(?:so|thus|therefore|hence|consequently))[\s,:]*"
-    rf"(?:(?:it|this) {_IS}\s*)?(?:the )?(?:{_ADJECTIVE} )?(?:(?:option|choice|answer) (?:is )?)?\(?([A-J])\)?"
-    r"(?![A-Za-z0-9'’-])",
+    rf"(?:(?:\b(?:it|this)(?: {_IS}|['’]s)|\b(?:so|thus|therefore|hence|consequently))[\s,:]*"
+    rf"(?:(?:it|this) {_IS}\s*)?(?:the )?(?:{_ADJECTIVE} )?(?:(?:option|choice|answer) (?:is )?)?"
+    r"|\b(?:corresponds? to|corresponding to|matches|match|which is|that is) (?:the )?(?:option|choice|answer) )"
+    r"\(?([A-J])\)?(?![A-Za-z0-9'’-])",
     re.IGNORECASE,
 )
 _REASON = re.compile(r"(?i)[\s,]*(?:because|since)\b")
@@ -235,7 +236,7 @@ def _closing(text: str, options: Options) -> str | None:
         return None
     alone = re.fullmatch(r"\(?([A-J])\)?[.)]?", text.rsplit("\n", 1)[-1].strip())
     found = [alone] if alone else list(_CLOSING.finditer(sentences[-1]))
-    if not found:
+    if len({match[1] for match in found}) != 1:
         return None
     letter = found[-1][1]  # lower case would be the article
     after = "" if alone else sentences[-1][found[-1].end() :]

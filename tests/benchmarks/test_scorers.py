@@ -383,7 +383,10 @@ LOOPS = ["answer" + " " * 20_000 + "x", "1" * 20_000, "(" * 20_000, "the answer 
          r"\boxed{" * 3000, "[1, " * 5000, "so it is " * 2000, "**" * 10_000]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+LOOPED = {"mathvista", "mmmu_pro", "hallusionbench"}  # the others share their rules
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in LOOPED else [pytest.mark.slow]) for n in BENCHMARKS])
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_response_that_fell_into_a_loop_is_read_in_no_time(name: str, loop: str) -> None:
     benchmark, started = BENCHMARKS[name], time.process_time()
