@@ -11,7 +11,7 @@ _MARKS = re.compile(r"\\[()\[\]]|```\w*|[*`#\"“”]|\$\$?|</?answer>|(?<![A-Za
 _FULL_WIDTH = str.maketrans({"（": "(", "）": ")", "：": ":", "，": ",", "。": ".", "．": ".", "；": ";", "？": "?"})
 _NAMED = re.compile(
     r"(?i)\b(?:answer|result|solution|final (?:value|number|list))\b"
-    r"(?:\s+(?:is|should be|would be|must be)\b\s*:?|\s*:)[\s,]*(\S.*)"
+    r"(?:\s+(?:is|should be|would be|must be)\b\s*:?|\s*:)[\s,]*(?=\S)"
 )
 _ADVERBS = re.compile(
     r"(?i)^(?:(?:clearly|obviously|simply|exactly|therefore|thus|then|indeed|just|about|approximately|around|roughly|≈)"
@@ -65,8 +65,9 @@ def named(text: str) -> str | None:
     ('1.5 cm', None)
     """
     text = re.sub(r"\*\*|```\w*|\$\$|\\\[|\\\]", " ", text)
-    for found in reversed(_NAMED.findall(text)):
-        value = _SENTENCE.split(found, maxsplit=1)[0].strip().rstrip(".").strip("*$`\"'“” ")
+    for head in reversed(list(_NAMED.finditer(text))):
+        line = text[head.end() :].split("\n", 1)[0]
+        value = _SENTENCE.split(line, maxsplit=1)[0].strip().rstrip(".").strip("*$`\"'“” ")
         if value:
             return None if _NEGATED.match(value) else without_adverbs(value)
     return None

@@ -16,7 +16,7 @@ from avar_lightning.benchmarks.drafting import draft, need
 from avar_lightning.benchmarks.judging import ask_letter, ask_value, read_letter, read_value
 from avar_lightning.benchmarks.letters import choose
 from avar_lightning.benchmarks.options import letter_of, options_in
-from avar_lightning.benchmarks.values import find_value, option_with_value, same_value
+from avar_lightning.benchmarks.values import find_short_value, option_with_value, same_value
 from avar_lightning.conversion.config import ConvertConfig
 from avar_lightning.conversion.formats import Draft
 
@@ -52,7 +52,7 @@ def read(record: Mapping[str, Any], config: ConvertConfig) -> Draft | None:
 def extract(response: str, columns: Columns) -> str | None:
     """A letter, also where the response names the value of its option; of a free question, the value."""
     if columns["question_type"] != CHOICE:
-        return find_value(response)
+        return find_short_value(response)
     options = columns.get("options") or {}
     return choose(response, options) or option_with_value(response, options)
 

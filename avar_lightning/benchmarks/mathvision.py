@@ -16,7 +16,7 @@ from avar_lightning.benchmarks.drafting import draft, literal_list, need
 from avar_lightning.benchmarks.judging import ask_letter, ask_value, read_letter, read_value
 from avar_lightning.benchmarks.letters import choose
 from avar_lightning.benchmarks.options import lettered
-from avar_lightning.benchmarks.values import find_value, option_with_value, same_value
+from avar_lightning.benchmarks.values import find_short_value, option_with_value, same_value
 from avar_lightning.conversion.config import ConvertConfig
 from avar_lightning.conversion.formats import Draft
 
@@ -54,7 +54,7 @@ def extract(response: str, columns: Columns) -> str | None:
     """A letter, also where the response names the value of its option; without options, the value."""
     options = columns.get("options")
     if not options:
-        return find_value(response)
+        return find_short_value(response)
     return choose(response, options) or option_with_value(response, options, decimals=2)
 
 

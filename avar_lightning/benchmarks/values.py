@@ -14,6 +14,7 @@ from avar_lightning.rewards.quantity import Quantity, parse_quantity
 
 MAX_VALUE = 1000  # characters of a text that may be a number or a list
 MAX_OPTION = 100  # characters of a value that is compared with every option
+MAX_WORDS = 3  # of a value that is no sentence
 MAX_BARE = 40  # characters of a response that is nothing but its answer
 _NUMBER = re.compile(r"(?<![\w.,])[-−–+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:/\d+)?(?![\w]|[.,]\d)")
 _LETTER = re.compile(r"(?<![A-Za-z\\])[A-J](?![A-Za-z])")
@@ -38,12 +39,22 @@ def find_value(response: str) -> str | None:
         return value
     last = unmarked(text).rsplit("\n", 1)[-1]
     for word in ("is ", "= ", "="):
-        tail = last.rpartition(word)[2].strip().rstrip(".")
+        tail = without_adverbs(last.rpartition(word)[2].strip().rstrip("."))
         if tail != last and parse_quantity(tail) is not None:
             return tail
     bare = text.rstrip(".")
     short = len(bare) <= MAX_BARE and "\n" not in bare and len(bare.split()) <= 5
     return bare if bare and short and not re.search(r"(?i)\bnot\b|n't\b", bare) else None
+
+
+def find_short_value(response: str) -> str | None:
+    """What a response names as its value, where that is no sentence, which nothing would equal.
+
+    >>> find_short_value("The answer is 5 cm."), find_short_value("So there are 5 dogs.")
+    ('5 cm', None)
+    """
+    value = find_value(response)
+    return value if value and len(re.findall(r"(?<!\\)\b[^\W\d_]{2,}", value)) <= MAX_WORDS else None
 
 
 def find_list(response: str) -> str | None:

@@ -18,6 +18,7 @@ _FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}(?!\s*[\d.])")
 _DASH = re.compile(r"^[–—‒](?=\s*[\d.])")
 _GROUPED = re.compile(r"(?<=\d)(?:\\[,;:!]|\{,\}|[\u2009\u202f\u00a0])(?=\d{3}(?!\d))")
 _SPACE = re.compile(r"\\[,;:! ]|[~\u2009\u202f\u00a0]")
+_TEXT = re.compile(r"\\(?:text|mathrm)\{([^{}]*)\}")
 _SCALE = re.compile(r"(?i)(thousand|million|billion|trillion)s?\b\s*(?:of\b)?")
 _SCALES = {"thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
 _NO_UNITS = {"or", "and", "to", "not", "is", "of", "wrong", "right", "maybe", "perhaps"}
@@ -69,7 +70,7 @@ def parse_quantity(text: str) -> Quantity | None:
     found = _QUANTITY.fullmatch(text.strip())
     if found is None or (found["whole"] and not (found["divisor"] and re.fullmatch(r"\d+", found["number"]))):
         return None
-    unit_text = found["unit"] or ""
+    unit_text = _TEXT.sub(r"\1", found["unit"] or "").strip()
     scaled = _SCALE.match(unit_text)
     unit = _unit(unit_text[scaled.end() :] if scaled else unit_text)
     if unit is None:
@@ -116,7 +117,6 @@ def _number(text: str) -> float:
 
 def _unit(text: str) -> str | None:
     """The unit in one spelling; None where what follows the number is no unit."""
-    text = re.sub(r"\\(?:text|mathrm)\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\^?\{?\\circ\}?", "°", text).replace("²", "^2").replace("³", "^3")
     text = " ".join(text.strip().rstrip(".").casefold().split())
     text = re.sub(r"\b(?:square|sq\.?) (\w+)$", r"\1^2", text)

@@ -181,12 +181,22 @@ def vista(kind: str, answer: str, precision: int | None = None, **more: Any) -> 
         ("The answer is not 5.", vista("integer", "5"), None),
         ("The answer is 5 or 6.", vista("integer", "5"), None),
         ("<think>The answer is 5.", vista("integer", "5"), None),
+        ("The solution is found by adding. The answer is 5. Done.", vista("integer", "5"), True),
+        (r"\boxed{10 \text{ million}}", vista("integer", "10000000"), True),
+        ("So x is approximately 3.14.", vista("float", "3.14", 2), True),
         (r"The answer is 5. \boxed{}", vista("integer", "5"), True),
     ],
 )
 def test_numbers_and_lists_of_mathvista(response: str, columns: dict[str, Any], right: bool | None) -> None:
     extracted = BENCHMARKS["mathvista"].extract(response, columns)
     assert (None if extracted is None else BENCHMARKS["mathvista"].score(extracted, columns)) is right
+
+
+@pytest.mark.parametrize("name", ["mathvision", "mathverse_vo"])
+def test_a_sentence_is_no_value(name: str) -> None:
+    columns = {"question_type": "free-form", "options": {}, "answer": "5"}
+    for response in ("So there are **5** dogs.", "<answer>It is one more than four.</answer>"):
+        assert benchmark_of(name).extract(response, columns) is None
 
 
 @pytest.mark.parametrize(
