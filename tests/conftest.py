@@ -21,7 +21,14 @@ def demo_folder(tmp_path_factory):
 
 
 def demo_data(folder, **options):
-    options = {"num_train": 64, "num_val": 10, "batch_size": 8, "num_workers": 0, "shuffle_window": 16} | options
+    options = {
+        "num_train": 64,
+        "num_val": 10,
+        "num_test": 10,
+        "batch_size": 8,
+        "num_workers": 0,
+        "shuffle_window": 16,
+    } | options
     return DemoDataModule(str(folder), **options)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,7 @@ class Training:
 
     def folder(self, root: Path, seed: int) -> Path:
         """Where the run lies; another recipe, world or starting model has another folder."""
-        recipe = yaml.safe_load((ROOT / self.config).read_text())
-        for name in NOT_OF_THE_RESULT:
-            recipe["trainer"].pop(name, None)
-        known: list[Any] = [recipe, self.options, WORLD_VERSION, self._identity(root, seed)]
+        known: list[Any] = [_recipe(self.config), self.options, WORLD_VERSION, self._identity(root, seed)]
         digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
         return root / self.name / f"seed_{seed}_{digest[:8]}"
 
@@ -49,11 +47,26 @@ class Training:
     def _identity(self, root: Path, seed: int) -> str:
         if not isinstance(self.start, str):
             return self.start.folder(root, seed).name
-        return hashlib.sha256((Path(resolve_pretrained(self.start)) / "model.safetensors").read_bytes()).hexdigest()
+        return shipped_digest(self.start)
 
     def before(self) -> list[Training]:
         """This training behind those that it goes on from."""
         return [self] if isinstance(self.start, str) else [*self.start.before(), self]
+
+
+@cache
+def shipped_digest(name: str) -> str:
+    """Of the weights of a model that ships."""
+    return hashlib.sha256((Path(resolve_pretrained(name)) / "model.safetensors").read_bytes()).hexdigest()
+
+
+@cache
+def _recipe(config: str) -> dict[str, Any]:
+    """What of a configuration decides the result."""
+    recipe: dict[str, Any] = yaml.safe_load((ROOT / config).read_text())
+    for name in NOT_OF_THE_RESULT:
+        recipe["trainer"].pop(name, None)
+    return recipe
 
 
 def _sft(name: str, title: str, *options: str, start: str = "demo") -> Training:

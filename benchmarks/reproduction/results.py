@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from avar_lightning.processing import resolve_pretrained
 from benchmarks.reproduction.differences import Interval, crossed, over_seeds
-from benchmarks.reproduction.recipes import Training
+from benchmarks.reproduction.recipes import Training, shipped_digest
 from benchmarks.reproduction.testing import answers_path, held_out, result_path
 from benchmarks.reproduction.training import is_finished, run, threads_of
 
@@ -96,8 +95,7 @@ class Results:
         if isinstance(model, Training):
             return {seed: model.folder(self.root, seed) / "hf" for seed in self.seeds}
         source = Path(resolve_pretrained(model))
-        digest = hashlib.sha256((source / "model.safetensors").read_bytes()).hexdigest()[:8]
-        folder = self.root / "shipped" / f"{model}_{digest}"
+        folder = self.root / "shipped" / f"{model}_{shipped_digest(model)[:8]}"
         if not folder.is_dir():
             half = folder.with_name(f"{folder.name}.{os.getpid()}")
             shutil.copytree(source, half / "hf")

@@ -190,6 +190,7 @@ def test_nothing_to_decode_with(tmp_path: Path, batches: list[dict[str, Any]]) -
         run(tmp_path, InterventionCallback(), batches, module=Foreign(processor=False))
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does(tmp_path: Path, batches: list[dict[str, Any]]) -> None:
     options: dict[str, Any] = {"image": 3.0, "mode": "mass", "max_new_tokens": 2, "reward": length_reward}
     one, _ = run(tmp_path / "one", InterventionCallback(**options), batches)

@@ -432,6 +432,7 @@ def write_large(path: Path, count: int) -> None:
     )
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_input(tmp_path: Path) -> None:
     """The peak after small files is the peak after large ones."""
     small, large = ([tmp_path / f"{count}.{kind}" for kind in ("json", "parquet")] for count in (100, 800))

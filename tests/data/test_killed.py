@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.data import killed
 
 SAMPLES, BATCH = 48, 4  # an epoch has 12 steps
@@ -69,6 +71,7 @@ def test_a_killed_run_sees_every_sample_once(tmp_path: Path, shards: Callable[..
     assert Counter(s for step in range(1, 13) for s in cut[step]["samples"]) == Counter(range(SAMPLES))
 
 
+@pytest.mark.slow
 def test_two_killed_processes_see_every_sample_once(tmp_path: Path, shards: Callable[..., str]):
     folder = shards(SAMPLES, 7, words=lambda index: 1 + index * 5 % 11)
     run(folder, tmp_path / "alone")

@@ -58,7 +58,7 @@ def test_a_writer_may_be_killed_between_any_two_steps(tmp_path: Path, monkeypatc
 
 def test_the_demo_writes_again_what_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for stop in itertools.count():
-        data = DemoDataModule(str(tmp_path / str(stop)), num_train=3, num_val=2)
+        data = DemoDataModule(str(tmp_path / str(stop)), num_train=3, num_val=2, num_test=2)
         with killed(monkeypatch, stop) as seen:
             data.prepare_data()
         data.prepare_data()

@@ -402,6 +402,7 @@ def test_autocast_learns_too(prompts):
     assert float(torch.cosine_similarity(one, two, 0)) > 0.9
 
 
+@pytest.mark.slow
 def test_two_processes_learn_from_all_completions_as_one_would(prompts, tmp_path):
     """Each has its own prompts, and its own number of completions that are left out."""
     config = GRPOConfig(num_generations=G, micro_batch_size=3, max_grad_norm=0.0, loss_type="dapo")

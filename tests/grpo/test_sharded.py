@@ -14,7 +14,8 @@ from tests.grpo.test_grpo_module import one_by_one
 SCRIPT = Path(sharded.__file__)
 
 
-@pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_two_processes_that_share_the_weights_learn_as_one_would(tmp_path, precision):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", SCRIPT, tmp_path]
     done = subprocess.run([*map(str, command), precision], capture_output=True, text=True, timeout=200, check=False)
