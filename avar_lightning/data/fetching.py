@@ -9,7 +9,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx2
@@ -137,7 +137,10 @@ class ShardCache:
     def _make_room(self, needed: int) -> None:
         if self.limit is None:
             return
-        found = [(item.stat(), item) for item in self.folder.glob("*.tar")]
+        found = []
+        for item in self.folder.glob("*.tar"):
+            with suppress(FileNotFoundError):  # another process has made room with it since
+                found.append((item.stat(), item))
         total = sum(stat.st_size for stat, _ in found) + needed
         for stat, item in sorted(found, key=lambda pair: pair[0].st_mtime):
             if total <= self.limit:
