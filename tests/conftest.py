@@ -12,6 +12,14 @@ from avar_lightning.data import DemoDataModule
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def no_seed_of_another_test():
+    """`seed_everything`, which a command line calls, leaves its seed in the environment, where processes find it."""
+    yield
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        os.environ.pop(name, None)
+
+
 @pytest.fixture(scope="session")
 def demo_folder(tmp_path_factory):
     """Shards of 64 training and 10 validation samples, written once."""
