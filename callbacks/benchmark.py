@@ -8,14 +8,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from avar_lightning import interventions
 from avar_lightning.attention import LayerSpec
-from avar_lightning.callbacks.foreign import find_processor, find_role_ids, locate_vlm
-from avar_lightning.callbacks.measurement import QUERIES, gather
+from avar_lightning.callbacks.answering import AnsweringCallback, query_roles
+from avar_lightning.callbacks.foreign import locate_vlm
+from avar_lightning.callbacks.measurement import gather
 from avar_lightning.data import ShardDataModule
 from avar_lightning.evaluation import (
     AnswerBook,
@@ -36,12 +37,11 @@ from avar_lightning.evaluation import (
 from avar_lightning.evaluation.answers import SCORES
 from avar_lightning.evaluation.prompts import fingerprint, opens_thinking, pictures_of, samples_of, text_of
 from avar_lightning.interventions import UNSTEERED
-from avar_lightning.processing import padding_id
 
 Row = dict[str, Any]
 
 
-class BenchmarkCallback(Callback):
+class BenchmarkCallback(AnsweringCallback):
     """Answer the prompts of `trainer.test` or `trainer.validate`, and judge them as their benchmarks do.
 
     The module may be any LightningModule that holds a Hugging Face VLM; its own metrics are untouched. Samples come
@@ -94,12 +94,7 @@ class BenchmarkCallback(Callback):
             raise ValueError(f"max_new_tokens={max_new_tokens}, expected at least 1.")
         if not 0 < repetition_penalty < math.inf:
             raise ValueError(f"repetition_penalty={repetition_penalty}, expected more than 0, and 1 for none.")
-        roles: Any = queries
-        if queries is not None and not isinstance(queries, str):
-            if not queries or set(queries) - set(QUERIES):
-                raise ValueError(f"queries={list(queries)!r}, expected one or both of {list(QUERIES)}, or last.")
-            roles = tuple(QUERIES[name] for name in queries)
-        steered = interventions.grid([image], [system], [mode], queries=roles, layers=layers)
+        steered = interventions.grid([image], [system], [mode], queries=query_roles(queries), layers=layers)
         self.setting = steered[0] if steered else UNSTEERED
         self.output, self.overwrite = output, overwrite
         self.max_new_tokens, self.repetition_penalty = max_new_tokens, repetition_penalty
@@ -117,34 +112,9 @@ class BenchmarkCallback(Callback):
         if stage in ("validate", "test") and isinstance(data, ShardDataModule):
             data.keep_images = True
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the answers that are there."""
-        self._start(trainer, pl_module)
-
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the answers that are there."""
-        self._start(trainer, pl_module)
-
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
-        """Answer what is missing."""
-        self._answer(trainer, pl_module, batch)
-
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
-        """Answer what is missing."""
-        self._answer(trainer, pl_module, batch)
-
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn not in ("validate", "test"):
+        if not self._measures(trainer):
             return
-        if isinstance(trainer.strategy, FSDPStrategy):
-            raise ValueError(
-                "strategy fsdp keeps weights sharded outside of the module's forward, where BenchmarkCallback "
-                "generates; use fsdp2 (ModelParallelStrategy), DDP or one device."
-            )
         if self.judge is not None:
             _ = self.judge.api_key  # said now if it is not there, and not after hours of answers
         # A collective call under DDP, as every process must ask the logger.
@@ -176,18 +146,12 @@ class BenchmarkCallback(Callback):
     def _answer(self, trainer: Trainer, pl_module: LightningModule, batch: Mapping[str, Any]) -> None:
         if self._book is None:
             return
-        processor = find_processor(pl_module, self.processor)
-        if processor is None:
-            raise ValueError(
-                f"neither {type(pl_module).__name__} nor its datamodule has a `processor` or `tokenizer` to decode "
-                "answers with; set one, or give BenchmarkCallback a `processor`."
-            )
-        vlm = locate_vlm(pl_module, self.model)
-        role_ids = find_role_ids(batch, pl_module, processor)
-        columns = samples_of(batch, len(role_ids))
-        prompt = interventions.prompt_of(batch, role_ids, vlm, padding_id(processor))
-        asked = [ids[kept] for ids, kept in zip(prompt["input_ids"], prompt["attention_mask"].bool(), strict=True)]
-        prompt_ids = [fingerprint(*each) for each in zip(asked, pictures_of(batch, len(asked)), strict=True)]
+        asked = self._ask(pl_module, batch)
+        vlm, processor, prompt = asked.vlm, asked.processor, asked.prompt
+        columns = samples_of(batch, len(asked.role_ids))
+        kept = prompt["attention_mask"].bool()
+        prompts = [ids[real] for ids, real in zip(prompt["input_ids"], kept, strict=True)]
+        prompt_ids = [fingerprint(*each) for each in zip(prompts, pictures_of(batch, len(prompts)), strict=True)]
         missing = self._book.missing(columns, prompt_ids)
         if not _anywhere(trainer, bool(missing)):
             return
@@ -204,7 +168,7 @@ class BenchmarkCallback(Callback):
             )
         rows = []
         for index, prompt_id in missing.items():
-            own, ids, new = columns[index], asked[index], made[index]
+            own, ids, new = columns[index], prompts[index], made[index]
             row = {"benchmark": own["benchmark"], "id": str(own["id"]), "prompt": text_of(ids, processor, vlm.config)}
             row |= {"thinking": opens_thinking(ids, processor), "response": new["completion"], "columns": own}
             row |= {name: new[name] for name in ("finished", "num_tokens", *SCORES)}
@@ -212,14 +176,6 @@ class BenchmarkCallback(Callback):
         self._book.append(rows)
 
     # Results
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Join the processes, judge, sum up and write."""
-        self._finish(trainer, pl_module, "val")
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Join the processes, judge, sum up and write."""
-        self._finish(trainer, pl_module, "test")
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._book is None:

@@ -7,26 +7,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
 from avar_lightning import interventions
 from avar_lightning.attention import Intervention, LayerSpec, attention_layers
-from avar_lightning.callbacks.foreign import find_processor, find_role_ids, locate_vlm
-from avar_lightning.callbacks.measurement import QUERIES, gather
+from avar_lightning.callbacks.answering import AnsweringCallback, query_roles
+from avar_lightning.callbacks.foreign import locate_vlm
+from avar_lightning.callbacks.measurement import gather
 from avar_lightning.callbacks.outputs import log_figures
 from avar_lightning.files import write_json
 from avar_lightning.interventions import METRICS, UNSTEERED, Setting
-from avar_lightning.processing import padding_id
 from avar_lightning.report import interventions_table, plot_differences
 from avar_lightning.rewards import accuracy_reward
 
 Rows = dict[str, list[dict[str, Any]]]
 
 
-class InterventionCallback(Callback):
+class InterventionCallback(AnsweringCallback):
     """Answer every prompt of `trainer.validate` or `trainer.test` unsteered and steered, and compare.
 
     The module may be any LightningModule that holds a Hugging Face VLM; its own metrics are untouched. Prompts are
@@ -86,12 +85,7 @@ class InterventionCallback(Callback):
         ):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}, expected at least 1.")
-        roles: Any = queries
-        if queries is not None and not isinstance(queries, str):
-            if not queries or set(queries) - set(QUERIES):
-                raise ValueError(f"queries={list(queries)!r}, expected one or both of {list(QUERIES)}, or last.")
-            roles = tuple(QUERIES[name] for name in queries)
-        self.where = {"queries": roles, "layers": layers, "heads": heads}
+        self.where = {"queries": query_roles(queries), "layers": layers, "heads": heads}
         self.settings = interventions.grid(_listed(image), _listed(system), _listed(mode), **self.where)
         if not self.settings:
             raise ValueError("image and system are 0, which steers nothing; give one of them a strength.")
@@ -112,34 +106,9 @@ class InterventionCallback(Callback):
 
     # Running
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the schedule for this model."""
-        self._start(trainer, pl_module)
-
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the schedule for this model."""
-        self._start(trainer, pl_module)
-
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
-        """Answer the batch under every setting."""
-        self._answer(trainer, pl_module, batch)
-
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
-        """Answer the batch under every setting."""
-        self._answer(trainer, pl_module, batch)
-
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if isinstance(trainer.strategy, FSDPStrategy) and _measures(trainer):
-            raise ValueError(
-                "strategy fsdp keeps weights sharded outside of the module's forward, where InterventionCallback "
-                "generates; use ModelParallelStrategy, DDP or one device."
-            )
         self._batches = 0
-        self._schedule = [UNSTEERED, *self._settings_of(pl_module)] if _measures(trainer) else []
+        self._schedule = [UNSTEERED, *self._settings_of(pl_module)] if self._measures(trainer) else []
         self._rows = {setting.name: [] for setting in self._schedule}
 
     def _settings_of(self, pl_module: LightningModule) -> list[Setting]:
@@ -158,24 +127,16 @@ class InterventionCallback(Callback):
         if not self._schedule or (self.max_batches is not None and self._batches >= self.max_batches):
             return
         self._batches += 1
-        processor = find_processor(pl_module, self.processor)
-        if processor is None:
-            raise ValueError(
-                f"neither {type(pl_module).__name__} nor its datamodule has a `processor` or `tokenizer` to decode "
-                "answers with; set one, or give InterventionCallback a `processor`."
-            )
-        vlm = locate_vlm(pl_module, self.model)
-        role_ids = find_role_ids(batch, pl_module, processor)
-        prompt = interventions.prompt_of(batch, role_ids, vlm, padding_id(processor))
-        columns = interventions.columns_of(batch, role_ids, processor)
+        asked = self._ask(pl_module, batch)
+        columns = interventions.columns_of(batch, asked.role_ids, asked.processor)
         quiet = trainer.progress_bar_callback is None or not trainer.is_global_zero or len(self._schedule) < 3
         for setting in tqdm(self._schedule, desc="settings", leave=False, disable=quiet):
             with trainer.strategy.precision_plugin.val_step_context():
                 rows = interventions.answer(
-                    vlm,
-                    prompt,
+                    asked.vlm,
+                    asked.prompt,
                     setting,
-                    processor=processor,
+                    processor=asked.processor,
                     max_new_tokens=self.max_new_tokens,
                     columns=columns,
                     reward=self.reward,
@@ -184,14 +145,6 @@ class InterventionCallback(Callback):
             self._rows[setting.name] += [row for row, of in zip(rows, columns, strict=True) if not of.get("repeated")]
 
     # Results
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Join the processes, compare, log and write."""
-        self._finish(trainer, pl_module, "val")
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Join the processes, compare, log and write."""
-        self._finish(trainer, pl_module, "test")
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not self._schedule:
@@ -245,11 +198,6 @@ def _scalars(result: Mapping[str, Any], *, differences: bool) -> dict[str, float
 def _joined(parts: Sequence[Rows]) -> Rows:
     """Rows of several processes, setting by setting."""
     return {name: [row for part in parts for row in part[name]] for name in parts[0]}
-
-
-def _measures(trainer: Trainer) -> bool:
-    """Whether this is `trainer.validate` or `trainer.test`, and not a validation within a fit."""
-    return trainer.state.fn in ("validate", "test")
 
 
 def _listed(value: Any) -> list[Any]:
