@@ -29,6 +29,22 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_text(path, "".join(json_line(row) for row in rows))
 
 
+def drop_half_line(path: Path) -> None:
+    """Cut off what a process that was killed while it appended left of a last line."""
+    with path.open("rb+") as file:
+        content = file.read()
+        if not content.endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)
+
+
+def whole_lines(path: Path) -> list[str]:
+    """Lines that have their end.
+
+    Not those of `splitlines`: texts hold other line separators, which JSON leaves as they are (U+2028, U+0085).
+    """
+    return path.read_text().split("\n")[:-1]
+
+
 def json_line(row: Mapping[str, Any]) -> str:
     """One strict JSON object with its line end."""
     return json.dumps(finite(row), allow_nan=False, ensure_ascii=False, default=str) + "\n"

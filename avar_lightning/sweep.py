@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from avar_lightning.attention import MODES, find_vlm, select_layers
 from avar_lightning.data import ShardDataModule, find_shards
-from avar_lightning.files import json_line, write_json
+from avar_lightning.files import drop_half_line, json_line, whole_lines, write_json
 from avar_lightning.interventions import METRICS, UNSTEERED, Setting, answer, columns_of, compare, grid, prompt_of
 from avar_lightning.model import VLMConfig, load_model
 from avar_lightning.processing import load_processor, padding_id, resolve_pretrained
@@ -228,11 +228,8 @@ def _open_answers(folder: Path, now: dict[str, Any], *, overwrite: bool) -> dict
         )
     found: dict[tuple[str, str, int], dict[str, Any]] = {}
     if answers.is_file():
-        # Not splitlines, which also splits at other line ends, and an answer may hold those.
-        *lines, half = answers.read_text().split("\n")
-        if half:  # the sweep was stopped while it wrote this one
-            answers.write_text("".join(f"{line}\n" for line in lines))
-        for line in lines:
+        drop_half_line(answers)
+        for line in whole_lines(answers):
             row: dict[str, Any] = json.loads(line)
             row |= {name: math.nan for name in METRICS if row[name] is None}
             found[row["model"], row["setting"], row["sample"]] = row

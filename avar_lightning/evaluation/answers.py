@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from avar_lightning.data.publishing import alone
-from avar_lightning.files import json_line, write_json, write_jsonl
+from avar_lightning.files import drop_half_line, json_line, whole_lines, write_json, write_jsonl
 from avar_lightning.interventions import METRICS
 
 ABOUT = "evaluation.json"
@@ -80,7 +80,7 @@ def _prepare(folder: Path, now: dict[str, Any], *, overwrite: bool, how: str) ->
         raise ValueError(f"{folder} holds answers without {ABOUT}, expected both; give another output, or {how}.")
     write_json(folder / ABOUT, now | {"data": before.get("data", {}) | now.get("data", {})})
     for path in answer_files(folder):
-        _drop_half_line(path)
+        drop_half_line(path)
 
 
 def read_about(folder: Path) -> dict[str, Any]:
@@ -93,14 +93,6 @@ def answer_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("answers_*.jsonl"))
 
 
-def _drop_half_line(path: Path) -> None:
-    """A process that was killed while it wrote leaves a line without its end."""
-    with path.open("rb+") as file:
-        content = file.read()
-        if content and not content.endswith(b"\n"):
-            file.truncate(content.rfind(b"\n") + 1)
-
-
 def read_answers(folder: Path) -> dict[Key, dict[str, Any]]:
     """Every answer in a folder, NaN for a VAS that is undefined.
 
@@ -109,8 +101,7 @@ def read_answers(folder: Path) -> dict[Key, dict[str, Any]]:
     """
     found: dict[Key, dict[str, Any]] = {}
     for path in answer_files(folder):
-        # Not splitlines: responses hold line separators that JSON leaves as they are (U+2028, U+0085).
-        for number, line in enumerate(path.read_text().split("\n")[:-1], 1):
+        for number, line in enumerate(whole_lines(path), 1):
             try:
                 row: dict[str, Any] = json.loads(line)
                 row |= {name: math.nan for name in SCORES if row[name] is None}
@@ -130,7 +121,7 @@ def renew_columns(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Put the columns of `rows` into the files of answers, where these were kept with others; alone in the folder."""
     now = {key_of(row): row["columns"] for row in rows}
     for path in answer_files(folder):
-        kept = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+        kept = [json.loads(line) for line in whole_lines(path)]
         renewed = [row | {"columns": now.get(key_of(row), row["columns"])} for row in kept]
         if list(map(json_line, renewed)) != list(map(json_line, kept)):
             write_jsonl(path, renewed)

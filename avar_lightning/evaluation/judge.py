@@ -28,7 +28,7 @@ from tenacity.wait import wait_random_exponential
 from tqdm import tqdm
 
 from avar_lightning.evaluation.judge_config import JudgeConfig
-from avar_lightning.files import json_line
+from avar_lightning.files import drop_half_line, json_line, whole_lines
 from avar_lightning.synthesis.client import retry_after
 from avar_lightning.synthesis.secret import Secret
 
@@ -207,14 +207,11 @@ class Judge:
         return hashlib.sha256(asked.encode()).hexdigest()
 
     def _cached(self) -> dict[str, str]:
-        """Replies of earlier runs; a line that a killed run left half is cut off."""
+        """Replies of earlier runs."""
         if not self.path.is_file():
             return {}
-        with self.path.open("rb+") as file:
-            content = file.read()
-            whole = content.rfind(b"\n") + 1
-            file.truncate(whole)
-        lines: list[Mapping[str, Any]] = [json.loads(line) for line in content[:whole].splitlines()]
+        drop_half_line(self.path)
+        lines: list[Mapping[str, Any]] = [json.loads(line) for line in whole_lines(self.path)]
         return {line["key"]: line["reply"] for line in lines}
 
 

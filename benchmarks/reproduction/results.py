@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from avar_lightning.files import whole_lines
 from avar_lightning.processing import resolve_pretrained
 from benchmarks.reproduction.differences import Interval, crossed, over_seeds
 from benchmarks.reproduction.recipes import Training, shipped_digest
@@ -117,7 +118,7 @@ class Results:
 
     def _right(self, folder: Path) -> NDArray[np.float64]:
         """Whether each question was answered right (questions,)."""
-        rows = [json.loads(line) for line in answers_path(folder).read_text().split("\n") if line]
+        rows = [json.loads(line) for line in whole_lines(answers_path(folder))]
         return np.array([row["accuracy"] for row in sorted(rows, key=lambda row: row["id"])], float)
 
 
