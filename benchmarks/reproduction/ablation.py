@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from avar_lightning.report import plot_results
-from benchmarks.reproduction.differences import marked, spread, table
+from benchmarks.reproduction.differences import marked, table
 from benchmarks.reproduction.recipes import ANCHORED, GUIDED_GRPO, GUIDED_VARS, HINGE_T, PUBLISHED_U
-from benchmarks.reproduction.results import ACCURACY, SHARE, VAS, VAS_ANSWERS, VAS_PUBLISHED, Model, Results
+from benchmarks.reproduction.results import ACCURACY, VAS, VAS_ANSWERS, VAS_PUBLISHED, Model, Results
 
 STEPS: dict[str, tuple[Model, Model | None]] = {
     "base": ("demo", None),
@@ -31,14 +31,23 @@ def write(results: Results, output: Path) -> str:
     rows, drawn = [], []
     for (name, (model, other)), gain in zip(steps.items(), marked(gains, "+.1f"), strict=True):
         vas = "" if other is None else f"{results.difference(model, other, VAS):+.2f}"
+        seeds, accuracy, published, of_responses, of_answers = results.row(
+            model, ACCURACY, VAS_PUBLISHED, VAS, VAS_ANSWERS
+        )
         rows.append(
-            [name, str(len(results.of(model))), spread(results.values(model, ACCURACY), factor=100), gain,
-             spread(results.values(model, VAS_PUBLISHED), digits=2), spread(results.values(model, VAS), digits=2), vas,
-             spread(results.values(model, VAS_ANSWERS), digits=2), *map(str, PAPER.get(name, ("", "")))]
-        )  # fmt: skip
-        figures = {"accuracy": ACCURACY, "vas": VAS, "share": SHARE}
-        row = {"name": name} | {key: results.values(model, at) for key, at in figures.items()}
-        drawn.append(row | {"reference": other is None})
+            [
+                name,
+                seeds,
+                accuracy,
+                gain,
+                published,
+                of_responses,
+                vas,
+                of_answers,
+                *map(str, PAPER.get(name, ("", ""))),
+            ]
+        )
+        drawn.append(results.drawn(name, model) | {"reference": other is None})
     if drawn:
         plot_results(drawn).savefig(output / "ablation.png", dpi=150)
     headings = ["model", "seeds", "accuracy (%)", "this step, points", "VAS as in the paper (user, mean of ratios)",

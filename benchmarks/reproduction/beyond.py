@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from avar_lightning.report import Point, plot_relation, plot_results
-from benchmarks.reproduction.differences import Interval, marked, spread, table
+from benchmarks.reproduction.differences import Interval, marked, table
 from benchmarks.reproduction.recipes import (
     ANCHORED,
     CONTROLLED,
@@ -27,12 +27,12 @@ from benchmarks.reproduction.results import (
     SYSTEM_MASS,
     VAS,
     VAS_ANSWERS,
+    Figure,
     Model,
     Results,
 )
 
 NEEDS: list[Model] = [ANCHORED, *GUIDED, MIXED, *REWARDS.values()]
-FIGURES = {"accuracy": ACCURACY, "vas": VAS, "share": SHARE}
 MARGIN = 0.03
 """Accuracies that differ by less, interval included, count as unchanged; set before anything was measured."""
 
@@ -54,32 +54,39 @@ def write(results: Results, output: Path) -> str:
 
 
 def _guidance(results: Results, output: Path) -> str:
-    models: list[Training] = [model for model in (ANCHORED, *GUIDED) if results.of(model)]
-    _draw(results, models, output / "guidance.png")
-    rows = [
-        [model.title, str(len(results.of(model))), spread(results.values(model, ACCURACY), factor=100), gain,
-         spread(results.values(model, VAS), digits=2), spread(results.values(model, SHARE), factor=100),
-         spread(results.values(model, LOSS), digits=3)]
-        for model, gain in zip(models, _gains(results, models, ANCHORED), strict=True)
-    ]  # fmt: skip
-    headings = ["training", "seeds", "accuracy (%)", "against no guidance, points", "VAS of responses",
-                "image share (%)", "loss of references (nats)"]  # fmt: skip
-    return f"{table(headings, rows)}\n\n![Guidance](results/reproduction/guidance.png)"
+    columns = {
+        "VAS of responses": VAS,
+        "image share (%)": SHARE,
+        "loss of references (nats)": LOSS,
+    }
+    arms = _arms(results, [ANCHORED, *GUIDED], ANCHORED, "no guidance", columns, output / "guidance.png")
+    return f"{arms}\n\n![Guidance](results/reproduction/guidance.png)"
 
 
 def _rewards(results: Results, output: Path) -> str:
-    models: list[Training] = [model for model in (MIXED, *REWARDS.values()) if results.of(model)]
-    _draw(results, models, output / "rewards.png")
-    plain = REWARDS["none"]
-    rows = [
-        [model.title, str(len(results.of(model))), spread(results.values(model, ACCURACY), factor=100), gain,
-         spread(results.values(model, VAS_ANSWERS), digits=2), spread(results.values(model, VAS), digits=2),
-         spread(results.values(model, DESCRIBES), factor=100)]
-        for model, gain in zip(models, _gains(results, models, plain), strict=True)
-    ]  # fmt: skip
-    headings = ["training", "seeds", "accuracy (%)", "against GRPO alone, points", "VAS of own answers",
-                "VAS of references", "answers that describe (%)"]  # fmt: skip
-    return f"{table(headings, rows)}\n\n![Rewards](results/reproduction/rewards.png)"
+    columns = {
+        "VAS of own answers": VAS_ANSWERS,
+        "VAS of references": VAS,
+        "answers that describe (%)": DESCRIBES,
+    }
+    arms = _arms(results, [MIXED, *REWARDS.values()], REWARDS["none"], "GRPO alone", columns, output / "rewards.png")
+    return f"{arms}\n\n![Rewards](results/reproduction/rewards.png)"
+
+
+def _arms(
+    results: Results, arms: Sequence[Training], plain: Training, against: str, columns: dict[str, Figure], picture: Path
+) -> str:
+    """Trainings side by side, as a table with differences to one of them, and as a picture with the first as reference."""
+    models = [model for model in arms if results.of(model)]
+    drawn = [results.drawn(model.title, model) | {"reference": model == arms[0]} for model in models]
+    if drawn:
+        plot_results(drawn).savefig(picture, dpi=150)
+    gains = marked([None if model == plain else results.accuracy_difference(model, plain) for model in models], "+.1f")
+    rows = []
+    for model, gain in zip(models, gains, strict=True):
+        seeds, accuracy, *others = results.row(model, ACCURACY, *columns.values())
+        rows.append([model.title, seeds, accuracy, gain, *others])
+    return table(["training", "seeds", "accuracy (%)", f"against {against}, points", *columns], rows)
 
 
 def _controller(results: Results) -> str:
@@ -88,12 +95,11 @@ def _controller(results: Results) -> str:
         return "Not finished."
     gains = marked([results.accuracy_difference(CONTROLLED, other) for other in others], "+.1f")
     rows = [
-        [other.title, spread(results.values(other, VAS), digits=2), gain,
-         f"{results.difference(CONTROLLED, other, LOSS):+.4f}"]
+        [other.title, results.row(other, VAS)[1], gain, f"{results.difference(CONTROLLED, other, LOSS):+.4f}"]
         for other, gain in zip(others, gains, strict=True)
-    ]  # fmt: skip
+    ]
     headings = ["controller against", "its VAS of responses", "accuracy, points", "loss of references, nats"]
-    held = spread(results.values(CONTROLLED, VAS), digits=2)
+    _, held = results.row(CONTROLLED, VAS)
     return f"{table(headings, rows)}\n\nVAS of responses under the controller, whose target is 4: {held}."
 
 
@@ -130,13 +136,3 @@ def _verdict(gain: Interval | None, vas: Interval) -> str:
     if gain.low > -MARGIN and gain.high < MARGIN:
         return "unchanged, VAS up" if vas.low > 0 else "unchanged"
     return f"{gain.scaled(100):+.1f}"
-
-
-def _gains(results: Results, models: Sequence[Training], plain: Training) -> list[str]:
-    return marked([None if model == plain else results.accuracy_difference(model, plain) for model in models], "+.1f")
-
-
-def _draw(results: Results, models: Sequence[Training], path: Path) -> None:
-    drawn = [{"name": m.title} | {key: results.values(m, at) for key, at in FIGURES.items()} for m in models]
-    if drawn:
-        plot_results([drawn[0] | {"reference": True}, *drawn[1:]]).savefig(path, dpi=150)

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avar_lightning.report import plot_shares_by_layer
-from benchmarks.reproduction.differences import over_seeds, spread, table
+from benchmarks.reproduction.differences import over_seeds, table
 from benchmarks.reproduction.recipes import ANCHORED, HINGE_T, MULTIMODAL, TEXT_ONLY, Training
-from benchmarks.reproduction.results import ACCURACY, VAS, VAS_PUBLISHED, VAS_USER, Model, Results
+from benchmarks.reproduction.results import ACCURACY, VAS, VAS_PUBLISHED, VAS_USER, Model, Results, title_of
 
 COLD_STARTS: list[Training] = [MULTIMODAL, TEXT_ONLY, ANCHORED, HINGE_T]
 NEEDS: list[Model] = ["demo", *COLD_STARTS]
@@ -21,13 +21,9 @@ ROLES = ("system", "user", "image")
 
 def write(results: Results, output: Path) -> str:
     """VAS of each, relative changes by seed, and where attention goes by layer."""
-    rows = [
-        [_title(model), str(len(results.of(model))), spread(results.values(model, ACCURACY), factor=100),
-         *(spread(results.values(model, key), digits=2) for key in MEASURES.values())]
-        for model in results.finished(NEEDS)
-    ]  # fmt: skip
+    rows = [[title_of(model), *results.row(model, ACCURACY, *MEASURES.values())] for model in results.finished(NEEDS)]
     changes = [
-        [f"{_title(model)} against {_title(other)}",
+        [f"{title_of(model)} against {title_of(other)}",
          *(f"{results.difference(model, other, key, relative=True).scaled(100):+.0f}" for key in MEASURES.values())]
         for model, other in CONTRASTS
         if results.of(model) and results.of(other)
@@ -37,7 +33,7 @@ def write(results: Results, output: Path) -> str:
         table(["change (%) of VAS of", *MEASURES], changes),
     ]
     for query, words in (("user", "user tokens"), ("response", "responses")):
-        groups = {_title(model): _shares(results, model, query) for model in results.finished(NEEDS)}
+        groups = {title_of(model): _shares(results, model, query) for model in results.finished(NEEDS)}
         figure = plot_shares_by_layer(groups, title=f"Where attention of {words} goes")
         figure.savefig(output / f"shares_{query}.png", dpi=150)
         parts.append(f"![Attention of {words} by layer](results/reproduction/shares_{query}.png)")
@@ -51,7 +47,7 @@ def _by_layer(results: Results, query: str, words: str) -> str:
     rows = []
     for training in results.finished(COLD_STARTS):
         change = 100 * (_shares(results, training, query)["image"] - base)
-        rows.append([_title(training), *(f"{over_seeds(list(layer)):+.1f}" for layer in change.T)])
+        rows.append([title_of(training), *(f"{over_seeds(list(layer)):+.1f}" for layer in change.T)])
     headings = [f"layer {layer}" for layer in range(len(base))]
     return table([f"image's share of attention of {words}, change against the base (points)", *headings], rows)
 
@@ -59,7 +55,3 @@ def _by_layer(results: Results, query: str, words: str) -> str:
 def _shares(results: Results, model: Model, query: str) -> dict[str, NDArray[np.float64]]:
     parts = [each["references"][query]["attention_shares"] for each in results.of(model).values()]
     return {role: np.array([part[role] for part in parts]) for role in ROLES}
-
-
-def _title(model: Model) -> str:
-    return "base" if isinstance(model, str) else model.title

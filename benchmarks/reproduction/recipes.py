@@ -36,7 +36,7 @@ class Training:
 
     def folder(self, root: Path, seed: int) -> Path:
         """Where the run lies; another recipe, world or starting model has another folder."""
-        known: list[Any] = [_recipe(self.config), self.options, WORLD_VERSION, self._identity(root, seed)]
+        known: list[Any] = [recipe_of(self.config), self.options, WORLD_VERSION, self._identity(root, seed)]
         digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
         return root / self.name / f"seed_{seed}_{digest[:8]}"
 
@@ -61,7 +61,7 @@ def shipped_digest(name: str) -> str:
 
 
 @cache
-def _recipe(config: str) -> dict[str, Any]:
+def recipe_of(config: str) -> dict[str, Any]:
     """What of a configuration decides the result."""
     recipe: dict[str, Any] = yaml.safe_load((ROOT / config).read_text())
     for name in NOT_OF_THE_RESULT:

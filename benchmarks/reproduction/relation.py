@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from avar_lightning.report import Correlation, Point, pearson, plot_relation, spearman
-from benchmarks.reproduction.differences import spread, table
+from benchmarks.reproduction.differences import table
 from benchmarks.reproduction.recipes import (
     ANCHORED,
     DIRECT,
@@ -24,7 +24,16 @@ from benchmarks.reproduction.recipes import (
     SMALL_GUIDED,
     TEXT_ONLY,
 )
-from benchmarks.reproduction.results import ACCURACY, VAS, VAS_ANSWERS, VAS_PUBLISHED, VAS_USER, Model, Results
+from benchmarks.reproduction.results import (
+    ACCURACY,
+    VAS,
+    VAS_ANSWERS,
+    VAS_PUBLISHED,
+    VAS_USER,
+    Model,
+    Results,
+    title_of,
+)
 
 KINDS: dict[str, list[Model]] = {
     "base": ["demo", "demo_small"],
@@ -33,7 +42,6 @@ KINDS: dict[str, list[Model]] = {
     "RL": [*REWARDS.values(), GUIDED_GRPO, GUIDED_VARS],
 }
 NEEDS = [model for models in KINDS.values() for model in models]
-TITLES = {"demo": "base", "demo_small": "small base"}
 MEASURES = {
     "user tokens, mean of ratios (the paper's)": VAS_PUBLISHED,
     "user tokens, ratio of means": VAS_USER,
@@ -71,11 +79,8 @@ def write(results: Results, output: Path) -> str:
             found = pearson(across, up), pearson(np.log10(across), up), spearman(across, up)
             rows.append([name, label, str(len(chosen)), *map(_written, found)])
     by_model = [
-        [TITLES.get(model, "") if isinstance(model, str) else model.title, kind_of[model], str(len(results.of(model))),
-         spread(results.values(model, ACCURACY), factor=100),
-         *(spread(results.values(model, key), digits=2) for key in MEASURES.values())]
-        for model in models
-    ]  # fmt: skip
+        [title_of(model), kind_of[model], *results.row(model, ACCURACY, *MEASURES.values())] for model in models
+    ]
     checkpoints = sum(len(results.of(model)) for model in models)
     return "\n\n".join(
         [

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from avar_lightning.files import whole_lines
 from avar_lightning.processing import resolve_pretrained
-from benchmarks.reproduction.differences import Interval, crossed, over_seeds
+from benchmarks.reproduction.differences import Interval, crossed, over_seeds, spread
 from benchmarks.reproduction.recipes import Training, shipped_digest
 from benchmarks.reproduction.testing import answers_path, held_out, result_path
 from benchmarks.reproduction.training import is_finished, run, threads_of
@@ -27,17 +27,45 @@ TOGETHER = 4
 """Models that a process measures, since it takes half as long to start as to measure one."""
 Model = Training | str
 """A training, or the name of a model that ships."""
-# Of a measurement: what is read.
-ACCURACY = ("accuracy",)
-VAS = ("references", "response", "ratio_of_means")
-VAS_USER = ("references", "user", "ratio_of_means")
-VAS_PUBLISHED = ("references", "user", "mean_of_ratios")
-VAS_ANSWERS = ("answers", "vas_ratio_of_means_response")
-SHARE = ("references", "response", "share")
-LOSS = ("reference_loss",)
-SYSTEM_MASS = ("system_mass",)
-NEED = ("need_of_picture",)
-DESCRIBES = ("describes",)
+SHIPPED_TITLES = {"demo": "base", "demo_small": "small base"}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure of a measurement: where it stands there, and how tables show it."""
+
+    key: tuple[str, ...]
+    factor: float = 1.0
+    digits: int = 2
+
+    def of(self, result: dict[str, Any]) -> float:
+        """Its value, NaN where it is undefined."""
+        value: Any = result
+        for name in self.key:
+            value = value[name]
+        return float("nan") if value is None else float(value)
+
+
+def percentage(*key: str) -> Figure:
+    """A share that is shown in percent."""
+    return Figure(key, factor=100.0, digits=1)
+
+
+ACCURACY = percentage("accuracy")
+VAS = Figure(("references", "response", "ratio_of_means"))
+VAS_USER = Figure(("references", "user", "ratio_of_means"))
+VAS_PUBLISHED = Figure(("references", "user", "mean_of_ratios"))
+VAS_ANSWERS = Figure(("answers", "vas_ratio_of_means_response"))
+SHARE = percentage("references", "response", "share")
+LOSS = Figure(("reference_loss",), digits=3)
+SYSTEM_MASS = Figure(("system_mass",))
+NEED = percentage("need_of_picture")
+DESCRIBES = percentage("describes")
+
+
+def title_of(model: Model) -> str:
+    """What tables call a model."""
+    return SHIPPED_TITLES[model] if isinstance(model, str) else model.title
 
 
 @dataclass
@@ -56,9 +84,20 @@ class Results:
                 found[seed] = json.loads(path.read_text())
         return found
 
-    def values(self, model: Model, key: Sequence[str]) -> list[float]:
+    def values(self, model: Model, figure: Figure) -> list[float]:
         """One figure of each."""
-        return [_at(result, key) for result in self.of(model).values()]
+        return [figure.of(result) for result in self.of(model).values()]
+
+    def row(self, model: Model, *figures: Figure) -> list[str]:
+        """Cells of a table: the number of seeds, then mean ± standard deviation of each figure."""
+        found = list(self.of(model).values())
+        cells = [spread([f.of(each) for each in found], factor=f.factor, digits=f.digits) for f in figures]
+        return [str(len(found)), *cells]
+
+    def drawn(self, name: str, model: Model) -> dict[str, Any]:
+        """A row of `plot_results`."""
+        figures = {"accuracy": ACCURACY, "vas": VAS, "share": SHARE}
+        return {"name": name} | {key: self.values(model, figure) for key, figure in figures.items()}
 
     def finished(self, models: Iterable[Model]) -> list[Model]:
         """Those with a measurement."""
@@ -69,10 +108,10 @@ class Results:
         pairs = [(self._right(a), self._right(b)) for a, b in self._pairs(model, other)]
         return crossed([b for _, b in pairs], [a for a, _ in pairs]) if pairs else None
 
-    def difference(self, model: Model, other: Model, key: Sequence[str], *, relative: bool = False) -> Interval:
+    def difference(self, model: Model, other: Model, figure: Figure, *, relative: bool = False) -> Interval:
         """How much more `model` has than `other` of another figure, over seeds; or what share more."""
         ours, theirs = self.of(model), self.of(other)
-        shared = [(_at(ours[a], key), _at(theirs[b], key)) for a, b in self._seeds(model, other)]
+        shared = [(figure.of(ours[a]), figure.of(theirs[b])) for a, b in self._seeds(model, other)]
         return over_seeds([a / b - 1 if relative else a - b for a, b in shared])
 
     def measure(self, models: Iterable[Model], *, jobs: int) -> None:
@@ -108,9 +147,9 @@ class Results:
         ours, theirs = self.of(model), self.of(other)
         if isinstance(model, str):
             return [(0, seed) for seed in theirs if ours]
-        return [
-            (seed, 0 if isinstance(other, str) else seed) for seed in ours if isinstance(other, str) or seed in theirs
-        ]
+        if isinstance(other, str):
+            return [(seed, 0) for seed in ours if theirs]
+        return [(seed, seed) for seed in ours if seed in theirs]
 
     def _pairs(self, model: Model, other: Model) -> list[tuple[Path, Path]]:
         ours, theirs = self._folders(model), self._folders(other)
@@ -120,10 +159,3 @@ class Results:
         """Whether each question was answered right (questions,)."""
         rows = [json.loads(line) for line in whole_lines(answers_path(folder))]
         return np.array([row["accuracy"] for row in sorted(rows, key=lambda row: row["id"])], float)
-
-
-def _at(result: dict[str, Any], key: Sequence[str]) -> float:
-    value: Any = result
-    for name in key:
-        value = value[name]
-    return float("nan") if value is None else float(value)

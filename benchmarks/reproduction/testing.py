@@ -71,7 +71,9 @@ def measure(folder: Path, data: DemoDataModule) -> tuple[dict[str, Any], list[di
         masses.append(system)
         answers = _answers(model, batch, processor)
         if number == 0:  # half of the questions again, each with another one's picture
-            others = _answers(model, batch | {"pixel_values": _pictures_of_others(batch)}, processor)
+            others = _answers(
+                model, batch | {"pixel_values": _pictures_of(batch, _others(batch["columns"]))}, processor
+            )
             for row, other in zip(answers, others, strict=True):
                 row["accuracy_other_picture"] = other["accuracy"]
         rows += answers
@@ -139,11 +141,10 @@ def _observed_nll(model: Any, batch: dict[str, Any], measurement: Measurement) -
     return nll.sum(1) / (labels != -100).sum(1), float(system[rows.expand_as(system)].mean())
 
 
-def _pictures_of_others(batch: dict[str, Any]) -> Tensor:
-    """The batch's pictures in the order of `_others`: sample i gets that of sample i + 5. All have one size."""
-    size = len(batch["input_ids"])
-    pictures = batch["pixel_values"].view(size, -1, batch["pixel_values"].shape[-1])
-    return pictures.roll(-len(TASKS), dims=0).flatten(0, 1)
+def _pictures_of(batch: dict[str, Any], samples: list[int]) -> Tensor:
+    """The batch's pictures in the order of some samples; all have one size."""
+    pixels: Tensor = batch["pixel_values"]
+    return pixels.unflatten(0, (len(batch["input_ids"]), -1))[samples].flatten(0, 1)
 
 
 def main() -> None:

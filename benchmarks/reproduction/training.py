@@ -14,7 +14,7 @@ import yaml
 from tqdm import tqdm
 
 from avar_lightning.data import DemoDataModule
-from benchmarks.reproduction.recipes import GRPO, ROOT, Training
+from benchmarks.reproduction.recipes import GRPO, ROOT, Training, recipe_of
 
 
 def train_all(trainings: Sequence[Training], seed: int, root: Path, *, jobs: int) -> None:
@@ -96,7 +96,7 @@ def _write_shards(trainings: Sequence[Training]) -> None:
 
 def _data_settings(training: Training) -> tuple[tuple[str, Any], ...]:
     names = ("style", "train_hint_rate", "train_pictures")
-    given: dict[str, Any] = yaml.safe_load((ROOT / training.config).read_text())["data"]["init_args"]
+    given = dict(recipe_of(training.config)["data"]["init_args"])
     for option in training.options:
         key, _, value = option.partition("=")
         if key.startswith("--data.init_args."):
