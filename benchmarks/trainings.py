@@ -7,7 +7,7 @@ import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -42,26 +42,45 @@ def run_folder(folder: Path, name: str, seed: int, sources: list[str], options: 
     return folder / name / f"seed_{seed}_{recipe.hexdigest()[:8]}"
 
 
-def train(place: Path, config: str, seed: int, options: list[str], *, threads: int) -> None:
-    """Run `train.py fit` with a seed into `place`, unless it is done there.
-
-    Raises:
-        RuntimeError: It failed; the message names its log.
-    """
-    if (place / "summary.json").is_file():
-        return
-    log = place.parents[1] / f"{place.parent.name}_{place.name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    command = [
-        *(sys.executable, "train.py", "fit", "--config", config, f"--seed_everything={seed}"),
+def fit_command(place: Path, config: str, seed: int, options: Sequence[str]) -> list[str]:
+    """`train.py fit` with a seed into a folder that stands two levels under its root."""
+    return [
+        *("train.py", "fit", "--config", config, f"--seed_everything={seed}"),
         f"--data.init_args.seed={seed}",
         f"--trainer.logger.init_args.save_dir={place.parents[1]}",
         f"--trainer.logger.init_args.name={place.parent.name}",
         f"--trainer.logger.init_args.version={place.name}",
         *options,
     ]
+
+
+def threads_of(jobs: int) -> int:
+    """Of each of several processes that share the cores."""
+    return max(1, (os.cpu_count() or 1) // jobs)
+
+
+def run(command: Sequence[str], log: Path, *, threads: int) -> None:
+    """Run Python with a command line, in the root of the project; what it says goes to a log.
+
+    Raises:
+        RuntimeError: It ended with another status than 0; the message names the log.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with log.open("w") as output:
-        done = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False)
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False
+        )
     if done.returncode:
-        raise RuntimeError(f"The run in {place} ended with status {done.returncode}; read {log}.")
+        raise RuntimeError(f"{' '.join(command[:4])} … ended with status {done.returncode}; read {log}.")
+
+
+def train(place: Path, config: str, seed: int, options: Sequence[str], *, threads: int) -> None:
+    """Run `train.py fit` with a seed into `place`, unless it is done there.
+
+    Raises:
+        RuntimeError: It failed; the message names its log.
+    """
+    if not (place / "summary.json").is_file():
+        log = place.parents[1] / f"{place.parent.name}_{place.name}.log"
+        run(fit_command(place, config, seed, options), log, threads=threads)

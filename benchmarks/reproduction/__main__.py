@@ -14,9 +14,10 @@ from pathlib import Path
 
 from avar_lightning.data.publishing import alone
 from benchmarks.reproduction import ablation, beyond, lazy, page, relation, steering, world
-from benchmarks.reproduction.recipes import ROOT, Training
+from benchmarks.reproduction.recipes import Training
 from benchmarks.reproduction.results import Results
 from benchmarks.reproduction.training import train_all
+from benchmarks.trainings import ROOT
 
 PARTS = {
     "world": world,

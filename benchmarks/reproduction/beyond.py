@@ -76,7 +76,7 @@ def _rewards(results: Results, output: Path) -> str:
 def _arms(
     results: Results, arms: Sequence[Training], plain: Training, against: str, columns: dict[str, Figure], picture: Path
 ) -> str:
-    """Trainings side by side, as a table with differences to one of them, and as a picture with the first as reference."""
+    """Trainings side by side: a table with differences to one of them, and a picture with the first as reference."""
     models = [model for model in arms if results.of(model)]
     drawn = [results.drawn(model.title, model) | {"reference": model == arms[0]} for model in models]
     if drawn:

@@ -13,8 +13,8 @@ import yaml
 
 from avar_lightning.data.demo import WORLD_VERSION
 from avar_lightning.processing import resolve_pretrained
+from benchmarks.trainings import ROOT
 
-ROOT = Path(__file__).parents[2]
 SFT, GRPO = "configs/avar_sft.yaml", "configs/avar_grpo.yaml"
 # Nothing is chosen by validation here, so nothing is validated; what came out is measured on the test split.
 UNVALIDATED = ("--trainer.limit_val_batches=0", "--model.init_args.max_new_tokens=0")

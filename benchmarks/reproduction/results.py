@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ from avar_lightning.processing import resolve_pretrained
 from benchmarks.reproduction.differences import Interval, crossed, over_seeds, spread
 from benchmarks.reproduction.recipes import Training, shipped_digest
 from benchmarks.reproduction.testing import answers_path, held_out, result_path
-from benchmarks.reproduction.training import is_finished, run, threads_of
+from benchmarks.reproduction.training import is_finished
+from benchmarks.trainings import run, threads_of
 
 TOGETHER = 4
 """Models that a process measures, since it takes half as long to start as to measure one."""
@@ -125,7 +125,7 @@ class Results:
 
             def one(index: int) -> None:
                 log = self.root / "logs" / f"testing_{index}.log"
-                command = [sys.executable, "-m", "benchmarks.reproduction.testing", *map(str, parts[index])]
+                command = ["-m", "benchmarks.reproduction.testing", *map(str, parts[index])]
                 run(command, log, threads=threads_of(jobs))
                 bar.update(len(parts[index]))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -20,7 +19,8 @@ from benchmarks.reproduction.differences import Interval, crossed, marked, table
 from benchmarks.reproduction.recipes import ANCHORED
 from benchmarks.reproduction.results import Results
 from benchmarks.reproduction.testing import MAX_NEW_TOKENS, NUM_SAMPLES, SETTINGS, result_path
-from benchmarks.reproduction.training import is_finished, run, threads_of
+from benchmarks.reproduction.training import is_finished
+from benchmarks.trainings import run, threads_of
 
 NEEDS = [ANCHORED]
 IMAGE, SYSTEM = (0.0, 0.15, 0.3), (0.0, 0.05, 0.4, 0.6)
@@ -88,7 +88,7 @@ def _written(model: Path, name: str, options: Sequence[str]) -> Path:
 
 def _run(root: Path, model: Path, name: str, options: Sequence[str], threads: int) -> None:
     log = root / "logs" / f"steering_{model.parent.name}_{name}.log"
-    run([sys.executable, *command_of(model, _version(name, options), options)], log, threads=threads)
+    run(command_of(model, _version(name, options), options), log, threads=threads)
 
 
 def write(results: Results, output: Path) -> str:

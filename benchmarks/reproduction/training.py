@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +11,8 @@ import yaml
 from tqdm import tqdm
 
 from avar_lightning.data import DemoDataModule
-from benchmarks.reproduction.recipes import GRPO, ROOT, Training, recipe_of
+from benchmarks.reproduction.recipes import GRPO, Training, recipe_of
+from benchmarks.trainings import fit_command, run, threads_of
 
 
 def train_all(trainings: Sequence[Training], seed: int, root: Path, *, jobs: int) -> None:
@@ -32,7 +30,8 @@ def train_all(trainings: Sequence[Training], seed: int, root: Path, *, jobs: int
     ):
 
         def one(training: Training) -> None:
-            train(training, seed, root, threads=threads_of(jobs))
+            log = root / "logs" / f"{training.name}_{seed}.log"
+            run(command_of(training, seed, root), log, threads=threads_of(jobs))
             bar.update()
 
         for depth in sorted({len(each.before()) for each in todo}):
@@ -44,48 +43,11 @@ def is_finished(place: Path) -> bool:
     return (place / "hf" / "config.json").is_file()
 
 
-def threads_of(jobs: int) -> int:
-    """Of each of several processes that share the cores."""
-    return max(1, (os.cpu_count() or 1) // jobs)
-
-
 def command_of(training: Training, seed: int, root: Path) -> list[str]:
     """What `train.py` is called with."""
-    place = training.folder(root, seed)
-    command = [
-        *("train.py", "fit", "--config", training.config, f"--seed_everything={seed}"),
-        f"--data.init_args.seed={seed}",
-        f"--model.init_args.vlm.pretrained={training.start_folder(root, seed)}",
-        f"--trainer.logger.init_args.save_dir={root}",
-        f"--trainer.logger.init_args.name={training.name}",
-        f"--trainer.logger.init_args.version={place.name}",
-        *training.options,
-    ]
-    return [*command, f"--model.init_args.sampling.seed={seed}"] if training.config == GRPO else command
-
-
-def train(training: Training, seed: int, root: Path, *, threads: int) -> None:
-    """Run one training; its output goes to a log beside it.
-
-    Raises:
-        RuntimeError: It failed.
-    """
-    log = root / "logs" / f"{training.name}_{seed}.log"
-    run([sys.executable, *command_of(training, seed, root)], log, threads=threads)
-
-
-def run(command: Sequence[str], log: Path, *, threads: int) -> None:
-    """Run a command in the root of the project.
-
-    Raises:
-        RuntimeError: It ended with another status than 0; the message names the log.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    with log.open("w") as output:
-        done = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command[1:4])} … ended with status {done.returncode}; read {log}.")
+    start = f"--model.init_args.vlm.pretrained={training.start_folder(root, seed)}"
+    sampling = [f"--model.init_args.sampling.seed={seed}"] if training.config == GRPO else []
+    return fit_command(training.folder(root, seed), training.config, seed, [start, *training.options, *sampling])
 
 
 def _write_shards(trainings: Sequence[Training]) -> None:
