@@ -424,15 +424,17 @@ def test_steering_and_measuring_see_the_4_bit_weights(batch):
 
 
 @pytest.mark.slow
-def test_vas_in_validation_is_that_of_the_same_weights(make_data):
+def test_vas_in_validation_is_that_of_the_same_weights(make_data, tmp_path):
     module = make_module()
     module.configure_model()
     definition = make_module()
     definition.model = twin(with_adapters(module.model)).float()
     definition.vectors = set()
     measured = [
-        L.Trainer(**QUIET, callbacks=[VASCallback()]).validate(m, make_data(), verbose=False)[0]
-        for m in (module, definition)
+        L.Trainer(**QUIET, default_root_dir=tmp_path / name, callbacks=[VASCallback()]).validate(
+            m, make_data(), verbose=False
+        )[0]
+        for name, m in {"quantised": module, "definition": definition}.items()
     ]
     names = {"val/vas", "val/vas_response", "val/image_share_response", "val/loss"}
     assert names <= measured[0].keys()
