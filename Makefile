@@ -13,10 +13,10 @@ train: $(READY)
 	$(PYTHON) train.py fit --config configs/avar_sft.yaml
 
 test: $(READY)
-	$(PYTHON) -m pytest -n 2
+	$(PYTHON) -m pytest -n 2 --dist worksteal
 
 test-slow: $(READY)
-	$(PYTHON) -m pytest -n 2 -m slow
+	$(PYTHON) -m pytest -n 2 --dist worksteal -m slow
 
 # The table of docs/families.md: every family with everything, on small random models (two minutes on a core).
 families: $(READY)

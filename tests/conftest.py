@@ -20,6 +20,14 @@ def no_seed_of_another_test():
         os.environ.pop(name, None)
 
 
+@pytest.fixture(autouse=True)
+def no_process_group_of_another_test():
+    """A run that was refused after its processes had met leaves their group, which forked processes inherit."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(scope="session")
 def demo_folder(tmp_path_factory):
     """Shards of 64 training and 10 validation samples, written once."""

@@ -117,9 +117,16 @@ def test_reinforcement_learning_writes_everything_it_says(tmp_path):
     assert exported.config.model_type == "qwen2_5_vl"
 
 
-def test_fit_writes_everything_it_says(tmp_path, capsys):
-    assert main(options(tmp_path)) == 0
-    folder = tmp_path / "runs" / "avar_sft" / "version_0"
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Where a training of four steps was run."""
+    place = tmp_path_factory.mktemp("finished")
+    assert main(options(place)) == 0
+    return place
+
+
+def test_fit_writes_everything_it_says(finished):
+    folder = finished / "runs" / "avar_sft" / "version_0"
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == 4
     wanted = {"val/accuracy", "val/vas", "val/vas_response", "val/loss"}
@@ -136,13 +143,12 @@ def test_fit_writes_everything_it_says(tmp_path, capsys):
     assert list((folder / "checkpoints").glob("*.ckpt"))
 
 
-def test_resume_goes_on_from_the_checkpoint(tmp_path):
-    assert main([*options(tmp_path), "--trainer.max_steps=2"]) == 0
-    checkpoint = next((tmp_path / "runs").rglob("last*.ckpt"))
-    assert main([*options(tmp_path), "--trainer.max_steps=4", f"--ckpt_path={checkpoint}"]) == 0
-    summary = json.loads((tmp_path / "runs" / "avar_sft" / "version_1" / "summary.json").read_text())
-    assert summary["steps"] == 4
-    assert torch.load(checkpoint, weights_only=False)["global_step"] == 2
+def test_resume_goes_on_from_the_checkpoint(finished):
+    checkpoint = next((finished / "runs").rglob("last*.ckpt"))
+    assert main([*options(finished), "--trainer.max_steps=6", f"--ckpt_path={checkpoint}"]) == 0
+    summary = json.loads((finished / "runs" / "avar_sft" / "version_1" / "summary.json").read_text())
+    assert summary["steps"] == 6
+    assert torch.load(checkpoint, weights_only=False)["global_step"] == 4
 
 
 def refused(capsys, args, status):

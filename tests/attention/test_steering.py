@@ -421,6 +421,7 @@ def test_columns_carry_a_bias_that_bfloat16_would_round() -> None:
     assert bias[batch.role_ids == Role.USER].eq(0).all()
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_steered_and_then_not() -> None:
     batch, model = make_batch(*MIXED), tiny_vlm()
     with torch.no_grad():
