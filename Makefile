@@ -40,7 +40,7 @@ bench: $(READY)
 reproduce: $(READY)
 	$(PYTHON) -m benchmarks.reproduction
 
-# The measured table of the README: every guidance form and query set, several seeds (three quarters of an hour on 2 cores).
+# The measured table of docs/guidance.md: every guidance form and query set, several seeds (three quarters of an hour on 2 cores).
 table: $(READY)
 	$(PYTHON) benchmarks/guidance_table.py
 
