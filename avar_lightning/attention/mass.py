@@ -4,7 +4,7 @@ The mass of a key group is the share of a query's softmax that falls on the grou
 not return it, so the probabilities are computed again here, a block of query rows at a time: memory is one
 block, the work is proportional to the rows that were asked for, and everything is float32 (float64 for
 float64 inputs) whatever the model's dtype. Backward builds each block once more from the row's normaliser
-instead of keeping it.
+instead of keeping it. Where a kernel tells the normaliser (`fused`), only the keys of the groups are computed.
 
 Shape letters: B batch, H query heads, M key heads (H = M·R), Q query rows, K keys, D head dimension, G key
 groups.
@@ -46,11 +46,12 @@ def attention_mass(
     scale: float | None = None,
     softcap: float | None = None,
     change: Change | None = None,
+    lse_BHQ: Tensor | None = None,
 ) -> Tensor:
     """Attention probability that each query row gives to each group of keys.
 
     mass[b,h,i,g] = Σ_{j∈g} softmax_j(scale · q_i·k_j), over the keys that row i sees. Attention dropout does
-    not enter. Differentiable once, in `q_BHQD` and `k_BMKD`.
+    not enter. Differentiable once, in `q_BHQD`, `k_BMKD` and `lse_BHQ`.
 
     Args:
         q_BHQD: Queries after rotary embedding, any float dtype; only the rows whose masses are wanted.
@@ -60,6 +61,8 @@ def attention_mass(
         scale: Factor of the logits, D^-0.5 by default.
         softcap: Logits become softcap · tanh(logits / softcap), as in Gemma 2.
         change: A further change of the logits, before the mask.
+        lse_BHQ: Log-sum-exp of each row's logits over all keys that it sees, if it is known already. Then keys, groups
+            and visibility need only be those of the keys that are in a group.
 
     Returns:
         (B, H, Q, G), float32 (float64 for float64 queries), in [0, 1].
@@ -67,10 +70,10 @@ def attention_mass(
     Raises:
         ValueError: The shapes do not fit together.
 
-    >>> from avar_lightning.attention.visibility import Causal, QueryRows
+    >>> from avar_lightning.attention.visibility import Causal, Selection
     >>> q = k = torch.zeros(1, 1, 4, 8)  # all logits equal: every row looks at its past evenly
     >>> first_key = torch.tensor([[[True], [False], [False], [False]]])
-    >>> causal = Causal(QueryRows(torch.ones(1, 4, dtype=torch.bool)))
+    >>> causal = Causal(Selection(torch.ones(1, 4, dtype=torch.bool)))
     >>> attention_mass(q, k, first_key, visible=causal)[0, 0, :, 0]
     tensor([1.0000, 0.5000, 0.3333, 0.2500])
     """
@@ -81,7 +84,7 @@ def attention_mass(
     if groups_BKG.shape[:2] != (batch, num_keys):
         raise ValueError(f"groups_BKG has shape {tuple(groups_BKG.shape)}, expected ({batch}, {num_keys}, groups).")
     scale = head_dim**-0.5 if scale is None else scale
-    mass: Tensor = _AttentionMass.apply(q_BHQD, k_BMKD, groups_BKG, visible, scale, softcap, change)
+    mass: Tensor = _AttentionMass.apply(q_BHQD, k_BMKD, groups_BKG, lse_BHQ, visible, scale, softcap, change)
     return mass
 
 
@@ -170,6 +173,7 @@ class _AttentionMass(torch.autograd.Function):
         q_BHQD: Tensor,
         k_BMKD: Tensor,
         groups_BKG: Tensor,
+        lse_BHQ: Tensor | None,
         visible: Visibility,
         scale: float,
         softcap: float | None,
@@ -177,13 +181,21 @@ class _AttentionMass(torch.autograd.Function):
     ) -> Tensor:
         dtype = _compute_dtype(q_BHQD)
         mass_BHQG = q_BHQD.new_empty(*q_BHQD.shape[:3], groups_BKG.shape[2], dtype=dtype)
-        lse_BHQ = q_BHQD.new_empty(q_BHQD.shape[:3], dtype=dtype)
+        ctx.lse_is_given = lse_BHQ is not None
+        if lse_BHQ is None:
+            lse_BHQ = q_BHQD.new_empty(q_BHQD.shape[:3], dtype=dtype)
+        else:
+            # A row that sees nothing has none, and no logit either.
+            lse_BHQ = lse_BHQ.to(dtype).masked_fill(~lse_BHQ.isfinite(), 0.0)
         indicator_B1KG = groups_BKG[:, None].to(dtype)
         with torch.autocast(q_BHQD.device.type, enabled=False):
             for block in _blocks(q_BHQD, k_BMKD, visible, scale, softcap, change):
                 logits_BHQK, _ = block.logits()
                 rows = slice(block.start, block.stop)
-                lse_BHQ[:, :, rows] = _softmax_(logits_BHQK)
+                if ctx.lse_is_given:
+                    logits_BHQK.sub_(lse_BHQ[:, :, rows, None]).exp_()
+                else:
+                    lse_BHQ[:, :, rows] = _softmax_(logits_BHQK)
                 mass_BHQG[:, :, rows] = logits_BHQK @ indicator_B1KG[:, :, : block.num_keys]
         ctx.save_for_backward(q_BHQD, k_BMKD, groups_BKG, lse_BHQ, mass_BHQG)
         ctx.visible, ctx.scale, ctx.softcap, ctx.change = visible, scale, softcap, change
@@ -197,7 +209,8 @@ class _AttentionMass(torch.autograd.Function):
         dq_BHQD = torch.empty_like(q_BHQD, dtype=dtype, memory_format=torch.contiguous_format)
         dk_BMKD = torch.zeros_like(k_BMKD, dtype=dtype, memory_format=torch.contiguous_format)
         indicator_B1GK = groups_BKG[:, None].mT.to(dtype)
-        # d logits = P ∘ (d mass · indicatorᵀ − Σ_g d mass_g · mass_g), the softmax rule on a sum of columns.
+        # d logits = P ∘ (d mass · indicatorᵀ − Σ_g d mass_g · mass_g), the softmax rule on a sum of columns; the second
+        # term is the part of the log-sum-exp.
         shift_BHQ1 = (grad_BHQG * mass_BHQG).sum(-1, keepdim=True)
         with torch.autocast(q_BHQD.device.type, enabled=False):
             for block in _blocks(q_BHQD, k_BMKD, ctx.visible, ctx.scale, ctx.softcap, ctx.change):
@@ -205,12 +218,15 @@ class _AttentionMass(torch.autograd.Function):
                 probs_BHQK, slope_BHQK = block.logits(with_slope=True)
                 probs_BHQK.sub_(lse_BHQ[:, :, rows, None]).exp_()
                 dlogits_BHQK = grad_BHQG[:, :, rows] @ indicator_B1GK[..., : block.num_keys]
-                dlogits_BHQK.sub_(shift_BHQ1[:, :, rows]).mul_(probs_BHQK)
+                if not ctx.lse_is_given:
+                    dlogits_BHQK.sub_(shift_BHQ1[:, :, rows])
+                dlogits_BHQK.mul_(probs_BHQK)
                 if slope_BHQK is not None:
                     dlogits_BHQK.mul_(slope_BHQK)
                 dq_BHQD[:, :, rows] = block.grad_queries(dlogits_BHQK)
                 dk_BMKD[:, :, : block.num_keys] += block.grad_keys(dlogits_BHQK)
-        return dq_BHQD.to(q_BHQD.dtype), dk_BMKD.to(k_BMKD.dtype), None, None, None, None, None
+        dlse_BHQ = -shift_BHQ1.squeeze(-1) if ctx.lse_is_given else None
+        return dq_BHQD.to(q_BHQD.dtype), dk_BMKD.to(k_BMKD.dtype), None, dlse_BHQ, None, None, None, None
 
 
 class _Block:

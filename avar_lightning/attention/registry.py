@@ -20,8 +20,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from avar_lightning.attention.fused import LogSumExps
 from avar_lightning.attention.mass import Change
-from avar_lightning.attention.visibility import QueryRows
+from avar_lightning.attention.visibility import Selection
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -43,13 +44,13 @@ UNSUPPORTED = {
 
 
 class LayerObserver(Protocol):
-    """What travels in `OBSERVERS`: asked by every attention layer, before the base function runs."""
+    """What travels in `OBSERVERS`: asked by every attention layer."""
 
     def wants(self, module: nn.Module) -> bool:
         """Whether to observe this layer."""
 
-    def observe(self, call: AttentionCall) -> None:
-        """Look at one call."""
+    def observe(self, call: AttentionCall, lse_BHN: Tensor | None) -> None:
+        """Look at one call, and at the log-sum-exp of its rows where its kernel told them."""
 
 
 class LayerSteering(Protocol):
@@ -58,7 +59,7 @@ class LayerSteering(Protocol):
     def wants(self, module: nn.Module) -> bool:
         """Whether to steer this layer."""
 
-    def change_of(self, call: AttentionCall, rows: QueryRows) -> Change | None:
+    def change_of(self, call: AttentionCall, rows: Selection) -> Change | None:
         """What it does to the logits of the given rows."""
 
     def attend(
@@ -115,7 +116,7 @@ class AttentionCall:
                 'the model with attn_implementation="sdpa".'
             )
 
-    def change_of(self, rows: QueryRows) -> Change | None:
+    def change_of(self, rows: Selection) -> Change | None:
         """What steering does to the logits of the given rows."""
         return None if self.steering is None else self.steering.change_of(self, rows)
 
@@ -161,13 +162,17 @@ def _wrapper(base: str) -> AttentionFunction:
             with _own_name(module, base):
                 return function(module, query, key, value, attention_mask, **kwargs)
         call = AttentionCall(base, module, query, key, attention_mask, kwargs, steering)
-        for observer in observers:
-            observer.observe(call)
         with _own_name(module, base):
             if steering is None:
-                return function(module, query, key, value, attention_mask, **kwargs)
-            run = partial(function, module, attention_mask=attention_mask)
-            return steering.attend(call, value, run, kwargs)
+                with LogSumExps() as kernel:
+                    result = function(module, query, key, value, attention_mask, **kwargs)
+                lse_BHN = kernel.of(query, key, call.scale)
+            else:
+                run = partial(function, module, attention_mask=attention_mask)
+                result, lse_BHN = steering.attend(call, value, run, kwargs), None
+        for observer in observers:
+            observer.observe(call, lse_BHN)
+        return result
 
     return attention
 

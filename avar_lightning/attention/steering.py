@@ -29,7 +29,7 @@ from avar_lightning.attention.decoder import LayerSpec, is_cross_attention
 from avar_lightning.attention.mass import attention_of_rows
 from avar_lightning.attention.registry import AttentionCall, AttentionFunction
 from avar_lightning.attention.tracking import mask_of, roles_of_keys
-from avar_lightning.attention.visibility import QueryRows, visibility_of
+from avar_lightning.attention.visibility import Selection, visibility_of
 from avar_lightning.roles import Role
 
 Mode = Literal["logit", "mass", "abs"]
@@ -146,7 +146,7 @@ class ForwardSteering:
         self.done: set[int] = set()
         # What depends on the device and the number of keys alone is the same for all layers.
         self._strengths: dict[tuple[torch.device, int], Tensor] = {}
-        self._rows: dict[torch.device, QueryRows] = {}
+        self._rows: dict[torch.device, Selection] = {}
 
     def wants(self, module: nn.Module) -> bool:
         """Whether to steer this layer. The keys of cross-attention are no tokens with roles, so it is left alone."""
@@ -154,7 +154,7 @@ class ForwardSteering:
             return False
         return self.layers is None or module.layer_idx in self.layers
 
-    def change_of(self, call: AttentionCall, rows: QueryRows | None = None) -> LogitChange | None:
+    def change_of(self, call: AttentionCall, rows: Selection | None = None) -> LogitChange | None:
         """What is done to the logits of all rows, or of selected ones; None for nothing."""
         if not self.any_row:
             return None
@@ -244,13 +244,13 @@ class ForwardSteering:
         weights = None if probs_BHQK is None else rows.scatter(probs_BHQK)
         return rows.scatter(output_BHQD).transpose(1, 2).contiguous(), weights
 
-    def _rows_on(self, call: AttentionCall) -> QueryRows:
+    def _rows_on(self, call: AttentionCall) -> Selection:
         """The steered rows, on the device of the layer."""
         device = call.q_BHND.device
         if device not in self._rows:
             batch, _, num_rows, _ = call.q_BHND.shape
             rows_BN = torch.ones(batch, num_rows, dtype=torch.bool) if self.rows_BN is None else self.rows_BN
-            self._rows[device] = QueryRows(rows_BN.to(device))
+            self._rows[device] = Selection(rows_BN.to(device))
         return self._rows[device]
 
     def _strength(self, call: AttentionCall) -> Tensor:

@@ -1,6 +1,6 @@
 """Which keys each selected query row sees: every mask that transformers hands to attention, in one shape.
 
-Shape letters: B batch, H heads, N rows of the forward, Q selected rows, K keys.
+Shape letters: B batch, H heads, N rows of the forward, Q selected rows, K keys, C selected keys.
 """
 
 from __future__ import annotations
@@ -30,12 +30,15 @@ class Visibility(Protocol):
         to the logits and hides a key where it is as low as its dtype goes.
         """
 
+    def of_keys(self, start: int, stop: int, index_BC: Tensor) -> Tensor | None:
+        """The same on some keys of each sample, (B or 1, H or 1, stop - start, C)."""
 
-class QueryRows:
-    """The query rows of a forward that are wanted, gathered per sample and padded to the largest count.
+
+class Selection:
+    """The query rows of a forward that are wanted, or keys, gathered per sample and padded to the largest count.
 
     Args:
-        mask_BN: Bool, True for a wanted row.
+        mask_BN: Bool, True for a wanted one.
     """
 
     def __init__(self, mask_BN: Tensor) -> None:
@@ -45,13 +48,13 @@ class QueryRows:
         order = (~mask_BN).to(torch.uint8).argsort(dim=1, stable=True)[:, : self.count]
         slots = torch.arange(self.count, device=mask_BN.device)
         self.valid_BQ = slots < counts[:, None]
-        # Spare slots repeat the sample's last wanted row, so that the positions never decrease.
+        # Spare slots repeat the sample's last wanted one, so that the positions never decrease.
         self.index_BQ = order.gather(1, torch.minimum(slots, (counts[:, None] - 1).clamp(min=0)))
         self.is_everything = self.count == mask_BN.shape[1] and bool(self.valid_BQ.all())
         self.last = self.index_BQ.amax(0).tolist() if self.count else []
 
     def gather(self, x_BHND: Tensor) -> Tensor:
-        """Select the rows: (B, H, N, D) to (B, H, Q, D)."""
+        """Select: (B, H, N, D) to (B, H, Q, D)."""
         if self.is_everything:
             return x_BHND
         index = self.index_BQ[:, None, :, None]
@@ -80,6 +83,9 @@ class Everything:
     def __call__(self, start: int, stop: int, num_keys: int) -> None:
         """No mask."""
 
+    def of_keys(self, start: int, stop: int, index_BC: Tensor) -> None:
+        """No mask."""
+
 
 class Causal:
     """Row i sees keys up to i + offset, at most `window` of them, and none that is padding.
@@ -92,7 +98,7 @@ class Causal:
     """
 
     def __init__(
-        self, rows: QueryRows, *, offset: int = 0, window: int | None = None, padding_BK: Tensor | None = None
+        self, rows: Selection, *, offset: int = 0, window: int | None = None, padding_BK: Tensor | None = None
     ) -> None:
         self.rows, self.offset, self.window, self.padding_BK = rows, offset, window, padding_BK
 
@@ -102,20 +108,28 @@ class Causal:
 
     def __call__(self, start: int, stop: int, num_keys: int) -> Tensor:
         """Triangle, band and padding of the block."""
+        key = torch.arange(num_keys, device=self.rows.index_BQ.device)
+        return self._seen(start, stop, key, None if self.padding_BK is None else self.padding_BK[:, None, :num_keys])
+
+    def of_keys(self, start: int, stop: int, index_BC: Tensor) -> Tensor:
+        """The same where the keys are."""
+        padding = None if self.padding_BK is None else self.padding_BK.gather(1, index_BC)[:, None]
+        return self._seen(start, stop, index_BC[:, None], padding)
+
+    def _seen(self, start: int, stop: int, key: Tensor, padding: Tensor | None) -> Tensor:
         position_BQ = self.rows.index_BQ[:, start:stop] + self.offset
-        key = torch.arange(num_keys, device=position_BQ.device)
-        seen_BQK = key <= position_BQ[:, :, None]
+        seen = key <= position_BQ[:, :, None]
         if self.window is not None:
-            seen_BQK &= key > position_BQ[:, :, None] - self.window
+            seen &= key > position_BQ[:, :, None] - self.window
         if self.padding_BK is not None:
-            seen_BQK &= self.padding_BK[:, None, :num_keys] & self.padding_BK.gather(1, position_BQ)[:, :, None]
-        return seen_BQK[:, None]
+            seen &= padding & self.padding_BK.gather(1, position_BQ)[:, :, None]
+        return seen[:, None]
 
 
 class _Scanned(ABC):
     """Visibility whose end is not known beforehand: looked up once a block, then kept for the other layers."""
 
-    def __init__(self, rows: QueryRows, num_keys: int) -> None:
+    def __init__(self, rows: Selection, num_keys: int) -> None:
         self.rows, self.num_keys = rows, num_keys
         self._limits: dict[tuple[int, int], int] = {}
 
@@ -132,11 +146,15 @@ class _Scanned(ABC):
     def __call__(self, start: int, stop: int, num_keys: int) -> Tensor:
         """The block's mask."""
 
+    @abstractmethod
+    def of_keys(self, start: int, stop: int, index_BC: Tensor) -> Tensor:
+        """The block's mask on some keys."""
+
 
 class Masked(_Scanned):
     """A mask that was already made: (B or 1, H or 1, N or 1, at least K), bool or additive float."""
 
-    def __init__(self, rows: QueryRows, mask: Tensor, num_keys: int) -> None:
+    def __init__(self, rows: Selection, mask: Tensor, num_keys: int) -> None:
         super().__init__(rows, num_keys)
         self.mask = mask
 
@@ -152,23 +170,59 @@ class Masked(_Scanned):
         # Two index tensors around a slice put the indexed dimensions first: (B, Q, H, K).
         return mask[batch[:, None], :, index_BQ].transpose(1, 2)
 
+    def of_keys(self, start: int, stop: int, index_BC: Tensor) -> Tensor:
+        """The block's rows, the keys' columns."""
+        return self(start, stop, self.num_keys).take_along_dim(index_BC[:, None, None], dim=-1)
+
 
 class MaskFunction(_Scanned):
     """FlexAttention's rule, a function of batch, head, query and key indices."""
 
-    def __init__(self, rows: QueryRows, function: Callable[..., Tensor], num_heads: int, num_keys: int) -> None:
+    def __init__(self, rows: Selection, function: Callable[..., Tensor], num_heads: int, num_keys: int) -> None:
         super().__init__(rows, num_keys)
         self.function, self.num_heads = function, num_heads
 
     def __call__(self, start: int, stop: int, num_keys: int) -> Tensor:
         """The rule, evaluated on the block."""
+        return self._evaluated(start, stop, torch.arange(num_keys, device=self.rows.index_BQ.device)[None])
+
+    def of_keys(self, start: int, stop: int, index_BC: Tensor) -> Tensor:
+        """The rule, evaluated on the keys."""
+        return self._evaluated(start, stop, index_BC)
+
+    def _evaluated(self, start: int, stop: int, keys: Tensor) -> Tensor:
         index_BQ = self.rows.index_BQ[:, start:stop]
         device = index_BQ.device
         batch = torch.arange(index_BQ.shape[0], device=device)[:, None, None, None]
         head = torch.arange(self.num_heads, device=device)[None, :, None, None]
-        key = torch.arange(num_keys, device=device)[None, None, None, :]
-        seen = self.function(batch, head, index_BQ[:, None, :, None], key)
-        return seen.expand(torch.broadcast_shapes(seen.shape, (1, 1, stop - start, num_keys)))
+        seen = self.function(batch, head, index_BQ[:, None, :, None], keys[:, None, None])
+        return seen.expand(torch.broadcast_shapes(seen.shape, (1, 1, stop - start, keys.shape[1])))
+
+
+class OnKeys:
+    """Visibility of some keys only, in their order; keeps for other layers which blocks see them all.
+
+    Args:
+        visible: Visibility of all keys.
+        keys: The keys.
+    """
+
+    def __init__(self, visible: Visibility, keys: Selection) -> None:
+        self.visible, self.keys = visible, keys
+        self._sees_all: dict[tuple[int, int], bool] = {}
+
+    def limit(self, start: int, stop: int) -> int:
+        """All of them."""
+        return self.keys.count
+
+    def __call__(self, start: int, stop: int, num_keys: int) -> Tensor | None:
+        """The block's mask on the first `num_keys` of them."""
+        if self._sees_all.get((start, stop)):
+            return None
+        mask = self.visible.of_keys(start, stop, self.keys.index_BQ[:, :num_keys])
+        if (start, stop) not in self._sees_all:
+            self._sees_all[start, stop] = mask is None or (mask.dtype == torch.bool and bool(mask.all()))
+        return None if self._sees_all[start, stop] else mask
 
 
 def is_hidden(bias: Tensor) -> Tensor:
@@ -177,7 +231,7 @@ def is_hidden(bias: Tensor) -> Tensor:
     return bias <= torch.finfo(bias.dtype).min / 2
 
 
-def visibility_of(call: AttentionCall, rows: QueryRows) -> Visibility:
+def visibility_of(call: AttentionCall, rows: Selection) -> Visibility:
     """What the selected rows see in a call of an attention function of transformers.
 
     Args:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from avar_lightning.attention import attention_mass, attention_received, mass
 from avar_lightning.attention.reference import eager_mass, eager_probabilities
-from avar_lightning.attention.visibility import Causal, Everything, Masked, QueryRows
+from avar_lightning.attention.visibility import Causal, Everything, Masked, Selection
 
 BATCH, HEADS, KEY_HEADS, LENGTH, DIM = 2, 4, 2, 9, 8
 
@@ -23,8 +23,8 @@ def tensors(dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, 
     return q.to(dtype).requires_grad_(), k.to(dtype).requires_grad_(), groups
 
 
-def all_rows(batch: int = BATCH, length: int = LENGTH) -> QueryRows:
-    return QueryRows(torch.ones(batch, length, dtype=torch.bool))
+def all_rows(batch: int = BATCH, length: int = LENGTH) -> Selection:
+    return Selection(torch.ones(batch, length, dtype=torch.bool))
 
 
 def triangle(length: int = LENGTH) -> Tensor:

@@ -8,16 +8,16 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
 
 from avar_lightning.attention.registry import AttentionCall
-from avar_lightning.attention.visibility import Masked, QueryRows, visibility_of
+from avar_lightning.attention.visibility import Masked, Selection, visibility_of
 
 B, N = 3, 7
 WANTED = torch.tensor([[0, 1, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 1]], dtype=torch.bool)
 
 
-def seen(base: str, mask: object, *, num_keys: int = N, **kwargs: object) -> tuple[QueryRows, Tensor]:
+def seen(base: str, mask: object, *, num_keys: int = N, **kwargs: object) -> tuple[Selection, Tensor]:
     """What the wanted rows see of all keys, (B, Q, K)."""
     q, k = torch.zeros(B, 2, N, 4), torch.zeros(B, 2, num_keys, 4)
-    rows = QueryRows(WANTED)
+    rows = Selection(WANTED)
     visible = visibility_of(AttentionCall(base, nn.Module(), q, k, mask, dict(kwargs)), rows)
     out = torch.zeros(B, rows.count, num_keys, dtype=torch.bool)
     for start, stop in ((0, 2), (2, 3)):
@@ -27,12 +27,12 @@ def seen(base: str, mask: object, *, num_keys: int = N, **kwargs: object) -> tup
     return rows, out
 
 
-def expected(full_BNK: Tensor, rows: QueryRows) -> Tensor:
+def expected(full_BNK: Tensor, rows: Selection) -> Tensor:
     return torch.stack([full_BNK[b][rows.index_BQ[b]] for b in range(B)])
 
 
 def test_rows_are_gathered_and_put_back() -> None:
-    rows = QueryRows(WANTED)
+    rows = Selection(WANTED)
     x = torch.randn(B, 2, N, 3, requires_grad=True)
     assert rows.count == 3
     assert rows.last == [1, 6, 6]
@@ -44,14 +44,14 @@ def test_rows_are_gathered_and_put_back() -> None:
 
 
 def test_all_rows_need_no_copy() -> None:
-    rows = QueryRows(torch.ones(2, 4, dtype=torch.bool))
+    rows = Selection(torch.ones(2, 4, dtype=torch.bool))
     x = torch.randn(2, 1, 4, 3)
     assert rows.gather(x) is x
     assert rows.scatter(x) is x
 
 
 def test_no_rows() -> None:
-    rows = QueryRows(torch.zeros(2, 4, dtype=torch.bool))
+    rows = Selection(torch.zeros(2, 4, dtype=torch.bool))
     gathered = rows.gather(torch.randn(2, 1, 4, 3))
     assert gathered.shape == (2, 1, 0, 3)
     assert rows.scatter(gathered).eq(0).all()
@@ -98,7 +98,7 @@ def test_four_dimensional_mask(shape: tuple[int, ...]) -> None:
 
 def test_mask_per_head_keeps_its_heads() -> None:
     mask = torch.rand(B, 2, N, N) < 0.5
-    rows = QueryRows(WANTED)
+    rows = Selection(WANTED)
     block = Masked(rows, mask, N)(0, rows.count, N)
     assert block.equal(torch.stack([mask[b][:, rows.index_BQ[b]] for b in range(B)]))
 

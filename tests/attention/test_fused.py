@@ -1,0 +1,189 @@
+"""The differentiable log-sum-exp of fused attention against logsumexp in float64, and what it leaves alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from avar_lightning.attention import attention_mass
+from avar_lightning.attention.fused import LogSumExps, carry_gradient
+from avar_lightning.attention.reference import eager_mass
+from avar_lightning.attention.visibility import Causal, Masked, OnKeys, Selection
+
+BATCH, HEADS, KEY_HEADS, LENGTH, DIM = 2, 4, 2, 37, 16
+MASKS = ("everything", "causal", "bool", "bool by head", "additive", "lowest")
+
+
+def tensors(dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+    """Queries, keys, values."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(BATCH, heads, LENGTH, DIM) for heads in (HEADS, KEY_HEADS, KEY_HEADS)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+
+
+def visible(kind: str) -> Tensor:
+    """What rows see, bool (B, H, N, K); under the masks that hide at random, one row sees nothing."""
+    if kind == "everything":
+        return torch.ones(BATCH, HEADS, LENGTH, LENGTH, dtype=torch.bool)
+    if kind == "causal":
+        return torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril().expand(BATCH, HEADS, -1, -1)
+    generator = torch.Generator().manual_seed(1)
+    shape = (BATCH, HEADS if kind == "bool by head" else 1, LENGTH, LENGTH)
+    seen = torch.rand(shape, generator=generator) < 0.6
+    seen[..., 0] = True
+    seen[0, :, 5] = False
+    return seen.expand(-1, HEADS, -1, -1)
+
+
+def arguments(kind: str, dtype: torch.dtype) -> dict[str, Any]:
+    """What says so to scaled dot product attention."""
+    if kind in ("everything", "causal"):
+        return {"is_causal": kind == "causal", "enable_gqa": True, "scale": 0.3}
+    mask = visible(kind)[:, : HEADS if kind == "bool by head" else 1]
+    if not kind.startswith("bool"):
+        lowest = -torch.inf if kind == "additive" else torch.finfo(dtype).min
+        mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, lowest)
+    return {"attn_mask": mask, "enable_gqa": True, "scale": 0.3}
+
+
+def expected(q: Tensor, k: Tensor, v: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp by their definitions; a row that sees nothing has 0 of both."""
+    k, v = (tensor.repeat_interleave(HEADS // KEY_HEADS, dim=1) for tensor in (k, v))
+    hidden = ~visible(kind)
+    logits = (q @ k.mT * 0.3).masked_fill(hidden, torch.finfo(q.dtype).min)
+    nothing = hidden.all(-1)
+    out = logits.softmax(-1).masked_fill(hidden, 0.0) @ v
+    return out, logits.logsumexp(-1).masked_fill(nothing, 0.0)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp as the kernel gives them."""
+    with LogSumExps() as kernel:
+        out = scaled_dot_product_attention(q, k, v, **arguments(kind, q.dtype))
+    lse = kernel.of(q, k, 0.3)
+    assert lse is not None
+    return out, lse
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_values_and_gradients_are_those_of_the_definition(kind: str) -> None:
+    inputs = tensors(torch.float64)
+    outputs, exact = attend(*inputs, kind), expected(*inputs, kind)
+    sees = visible(kind).any(-1)
+    torch.testing.assert_close(outputs[1].masked_fill(~sees, 0.0), exact[1])
+    # Rows whose output is not used, rows whose log-sum-exp is not, and both.
+    weights = torch.randn(BATCH, HEADS, LENGTH, DIM, dtype=torch.float64), torch.randn(exact[1].shape).double() * sees
+    weights[0][..., ::3, :] = 0.0
+    weights[0].mul_(sees[..., None])
+    weights[1][..., 1::3] = 0.0
+    for ours, theirs in zip(
+        torch.autograd.grad(outputs, inputs, weights), torch.autograd.grad(exact, inputs, weights), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_precision_is_the_kernel_s(dtype: torch.dtype) -> None:
+    inputs = tensors(dtype)
+    exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    outputs, exact = attend(*inputs, "causal"), expected(*exact_inputs, "causal")
+    weights = torch.randn(BATCH, HEADS, LENGTH, DIM, dtype=dtype), torch.randn(BATCH, HEADS, LENGTH)
+    double = [weight.double() for weight in weights]
+
+    def errors(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> list[float]:
+        return [float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True)]
+
+    plain = errors(
+        torch.autograd.grad(outputs[0], inputs, weights[0], retain_graph=True),
+        torch.autograd.grad(exact[0], exact_inputs, double[0], retain_graph=True),
+    )
+    both = errors(
+        torch.autograd.grad(outputs, inputs, weights), torch.autograd.grad(exact, exact_inputs, tuple(double))
+    )
+    assert all(ours <= 2 * theirs for ours, theirs in zip(both, plain, strict=True)), (both, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", MASKS)
+def test_attention_itself_stays_bit_for_bit(kind: str, dtype: torch.dtype) -> None:
+    inputs = tensors(dtype)
+    plain = scaled_dot_product_attention(*inputs, **arguments(kind, dtype))
+    weight = torch.randn_like(plain)
+    wanted = torch.autograd.grad(plain, inputs, weight)
+    out, lse = attend(*inputs, kind)
+    assert torch.equal(out, plain)
+    zero = torch.zeros_like(lse)
+    for gradients in (
+        torch.autograd.grad(out, inputs, weight, retain_graph=True),
+        torch.autograd.grad((out, lse), inputs, (weight, zero), retain_graph=True),
+    ):
+        assert all(map(torch.equal, gradients, wanted))
+
+
+def test_attention_under_autocast_stays_bit_for_bit() -> None:
+    q, k, v = tensors(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        with LogSumExps() as kernel:
+            out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, plain)
+    assert kernel.of(q, k, None) is not None
+
+
+@pytest.mark.parametrize("how", ["dropout", "float16", "mask with a gradient", "twice", "other scale", "other keys"])
+def test_what_cannot_be_told_is_not_told(how: str) -> None:
+    q, k, v = tensors(torch.float16 if how == "float16" else torch.float32)
+    options: dict[str, Any] = {"scale": 0.3, "enable_gqa": True, "dropout_p": 0.2 if how == "dropout" else 0.0}
+    if how == "mask with a gradient":
+        options["attn_mask"] = torch.zeros(LENGTH, LENGTH, requires_grad=True)
+    torch.manual_seed(0)
+    plain = scaled_dot_product_attention(q, k, v, **options)
+    torch.manual_seed(0)
+    with LogSumExps() as kernel:
+        out = scaled_dot_product_attention(q, k, v, **options)
+        if how == "twice":
+            scaled_dot_product_attention(q, k, v, **options)
+    assert torch.equal(out, plain)
+    assert kernel.of(q, k[:, :, 1:] if how == "other keys" else k, 0.4 if how == "other scale" else 0.3) is None
+
+
+def test_rows_of_which_nothing_else_is_wanted_carry_the_gradient() -> None:
+    grad, out, dlse = torch.zeros(3, 8), torch.randn(3, 8), torch.tensor([2.0, 0.0, -1.0])
+    grad[2] = 1e-3
+    carried, shifted = carry_gradient(grad, out, dlse)
+    torch.testing.assert_close((grad * out).sum(-1) - (carried * shifted).sum(-1), dlse)
+    assert torch.equal(carried[1:], grad[1:])
+    assert torch.equal(shifted[1], out[1])
+
+
+@pytest.mark.parametrize("kind", ["causal", "bool", "bool by head", "additive"])
+def test_masses_from_the_keys_of_the_groups_alone(kind: str) -> None:
+    inputs = tensors(torch.float64)
+    generator = torch.Generator().manual_seed(2)
+    groups = torch.rand(BATCH, LENGTH, 2, generator=generator) < torch.tensor([0.3, 0.2])
+    groups[1, LENGTH // 2 :] = False  # samples have different numbers of keys
+    rows = Selection(torch.rand(BATCH, LENGTH, generator=generator) < 0.5)
+    keys = Selection(groups.any(-1))
+    seen = Causal(rows) if kind == "causal" else Masked(rows, arguments(kind, torch.float64)["attn_mask"], LENGTH)
+    out, lse = attend(*inputs, kind)
+    masses = attention_mass(
+        rows.gather(inputs[0]),
+        keys.gather(inputs[1]),
+        groups.take_along_dim(keys.index_BQ[..., None], 1) & keys.valid_BQ[..., None],
+        visible=OnKeys(seen, keys),
+        scale=0.3,
+        lse_BHQ=rows.gather(lse[..., None])[..., 0],
+    )
+    exact_out = expected(*inputs, kind)[0]
+    exact = eager_mass(*inputs[:2], groups, visible(kind), scale=0.3)
+    torch.testing.assert_close(rows.scatter(masses), rows.scatter(rows.gather(exact)))
+    weight = torch.randn(BATCH, HEADS, LENGTH, 2, dtype=torch.float64)
+    weights = torch.randn_like(out) * visible(kind).any(-1)[..., None], rows.scatter(rows.gather(weight))
+    ours = torch.autograd.grad((out, rows.scatter(masses)), inputs, weights)
+    theirs = torch.autograd.grad((exact_out, exact), inputs, weights)
+    torch.testing.assert_close(ours, theirs)
