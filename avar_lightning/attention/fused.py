@@ -79,7 +79,12 @@ class LogSumExps(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> Tensor:
         query, key, value, attn_mask = as_autocast(query, key, value, attn_mask)
-        options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+        options: dict[str, Any] = {
+            "dropout_p": dropout_p,
+            "is_causal": is_causal,
+            "scale": scale,
+            "enable_gqa": enable_gqa,
+        }
         if not _is_fused(query, key, value, attn_mask, **options):
             self._calls.append((None, query.shape, key.shape, scale))
             return scaled_dot_product_attention(query, key, value, attn_mask, **options)

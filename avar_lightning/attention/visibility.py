@@ -108,22 +108,20 @@ class Causal:
 
     def __call__(self, start: int, stop: int, num_keys: int) -> Tensor:
         """Triangle, band and padding of the block."""
-        key = torch.arange(num_keys, device=self.rows.index_BQ.device)
-        return self._seen(start, stop, key, None if self.padding_BK is None else self.padding_BK[:, None, :num_keys])
+        return self.of_keys(start, stop, torch.arange(num_keys, device=self.rows.index_BQ.device)[None])
 
     def of_keys(self, start: int, stop: int, index_BC: Tensor) -> Tensor:
         """The same where the keys are."""
-        padding = None if self.padding_BK is None else self.padding_BK.gather(1, index_BC)[:, None]
-        return self._seen(start, stop, index_BC[:, None], padding)
-
-    def _seen(self, start: int, stop: int, key: Tensor, padding: Tensor | None) -> Tensor:
         position_BQ = self.rows.index_BQ[:, start:stop] + self.offset
-        seen = key <= position_BQ[:, :, None]
+        seen_BQC = index_BC[:, None] <= position_BQ[:, :, None]
         if self.window is not None:
-            seen &= key > position_BQ[:, :, None] - self.window
+            seen_BQC &= index_BC[:, None] > position_BQ[:, :, None] - self.window
         if self.padding_BK is not None:
-            seen &= padding & self.padding_BK.gather(1, position_BQ)[:, :, None]
-        return seen[:, None]
+            index_BC = index_BC.expand(len(self.padding_BK), -1)
+            seen_BQC &= (
+                self.padding_BK.gather(1, index_BC)[:, None] & self.padding_BK.gather(1, position_BQ)[:, :, None]
+            )
+        return seen_BQC[:, None]
 
 
 class _Scanned(ABC):
@@ -184,19 +182,16 @@ class MaskFunction(_Scanned):
 
     def __call__(self, start: int, stop: int, num_keys: int) -> Tensor:
         """The rule, evaluated on the block."""
-        return self._evaluated(start, stop, torch.arange(num_keys, device=self.rows.index_BQ.device)[None])
+        return self.of_keys(start, stop, torch.arange(num_keys, device=self.rows.index_BQ.device)[None])
 
     def of_keys(self, start: int, stop: int, index_BC: Tensor) -> Tensor:
         """The rule, evaluated on the keys."""
-        return self._evaluated(start, stop, index_BC)
-
-    def _evaluated(self, start: int, stop: int, keys: Tensor) -> Tensor:
         index_BQ = self.rows.index_BQ[:, start:stop]
         device = index_BQ.device
         batch = torch.arange(index_BQ.shape[0], device=device)[:, None, None, None]
         head = torch.arange(self.num_heads, device=device)[None, :, None, None]
-        seen = self.function(batch, head, index_BQ[:, None, :, None], keys[:, None, None])
-        return seen.expand(torch.broadcast_shapes(seen.shape, (1, 1, stop - start, keys.shape[1])))
+        seen = self.function(batch, head, index_BQ[:, None, :, None], index_BC[:, None, None])
+        return seen.expand(torch.broadcast_shapes(seen.shape, (1, 1, stop - start, index_BC.shape[1])))
 
 
 class OnKeys:
