@@ -132,6 +132,7 @@ def work_of(shape: Shape, plan: Plan, rows: Rows) -> Work:
             if shape.checkpointing:
                 recompute += linear + 2 * pairs - count * _skipped(block)
         if block.kind == "language" and plan.guidance and block.index in (plan.guidance.layers or (block.index,)):
+            # Over every key, as on a GPU; beside fused attention on a CPU only those of the groups are computed.
             recorded = 2.0 * rows.sequences * rows.guided * rows.length
             narrow = recorded * block.num_heads * NUM_KEY_GROUPS
             forwards = 2 if shape.checkpointing else 1
