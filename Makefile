@@ -29,7 +29,10 @@ lint: $(READY)
 	$(VENV)/bin/lint-imports
 
 bench: $(READY)
-	$(PYTHON) benchmarks/attention_memory.py
+	$(PYTHON) benchmarks/attention_op.py
+	$(PYTHON) benchmarks/attention_layers.py
+	$(PYTHON) benchmarks/sft_step.py
+	$(PYTHON) benchmarks/vas_validation.py
 	$(PYTHON) benchmarks/steering_overhead.py
 	$(PYTHON) benchmarks/grpo_step.py
 	$(PYTHON) benchmarks/data_pipeline.py

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,9 @@ import torch
 import trl
 from datasets import Dataset
 from measuring import about, as_cell, as_columns, write
-from transformers import TrainerCallback
 from trl import GRPOTrainer
 from trl.trainer.grpo_config import GRPOConfig as TRLConfig
+from turns import OurTurn, TheirTurn, Turns, take_turns
 
 from avar_lightning import GRPOModule, load_model
 from avar_lightning.data import DemoDataModule
@@ -37,62 +35,15 @@ from avar_lightning.rewards import RewardConfig, VisualAttentionReward, accuracy
 from avar_lightning.rollout import HFRolloutEngine, SamplingConfig
 
 REFERENCE = "TRL"
+STAGES = ("rollout", "reward", "score", "update")
 SAMPLES = 256
-PATIENCE = 300  # seconds
 
 
-class Turns:
-    """Lets several trainers in threads of their own make one step each in turn, and times the steps."""
-
-    def __init__(self, names: list[str]) -> None:
-        self.names, self.now, self.condition = names, 0, threading.Condition()
-        self.seconds: dict[str, list[float]] = {name: [] for name in names}
-        self.lengths: dict[str, list[float]] = {name: [] for name in names}
-        self.started = 0.0
-
-    def wait(self, name: str) -> None:
-        with self.condition:
-            if not self.condition.wait_for(lambda: self.names[self.now] == name, timeout=PATIENCE):
-                raise TimeoutError(f"{name} waited {PATIENCE} s for its turn: another trainer has failed.")
-            self.started = time.perf_counter()
-
-    def done(self, name: str, length: float | None = None) -> None:
-        self.seconds[name].append(time.perf_counter() - self.started)
-        if length is not None:
-            self.lengths[name].append(length)
-        self.leave(name)
-
-    def leave(self, name: str) -> None:
-        with self.condition:
-            self.now = (self.now + 1) % len(self.names)
-            self.condition.notify_all()
-
-
-class OurTurn(L.Callback):
-    def __init__(self, turns: Turns, name: str) -> None:
-        self.turns, self.name = turns, name
-
-    def on_train_start(self, *_: Any) -> None:
-        self.turns.wait(self.name)
-
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        lengths = [len(tokens) for tokens in module.rollouts.token_ids]
-        self.turns.done(self.name, sum(lengths) / len(lengths))
-        if trainer.global_step < trainer.max_steps:
-            self.turns.wait(self.name)
-
-
-class TheirTurn(TrainerCallback):
-    def __init__(self, turns: Turns, lengths: list[float]) -> None:
-        self.turns, self.mean_lengths = turns, lengths
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.turns.wait(REFERENCE)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.turns.done(REFERENCE, self.mean_lengths[-1] if self.mean_lengths else None)
-        if state.global_step < state.max_steps:
-            self.turns.wait(REFERENCE)
+def note(module: L.LightningModule) -> dict[str, float]:
+    """Mean tokens of the last rollout, and the seconds of each stage."""
+    lengths = [len(tokens) for tokens in module.rollouts.token_ids]
+    seconds = {name: float(module.trainer.callback_metrics[f"time/{name}_s"]) for name in STAGES}
+    return {"length": sum(lengths) / len(lengths)} | seconds
 
 
 def ours(args: argparse.Namespace, turns: Turns, name: str, visual: VisualAttentionReward | None) -> Callable[[], None]:
@@ -118,7 +69,7 @@ def ours(args: argparse.Namespace, turns: Turns, name: str, visual: VisualAttent
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[OurTurn(turns, name)],
+        callbacks=[OurTurn(turns, name, note)],
     )
     return lambda: trainer.fit(module, data)
 
@@ -166,7 +117,7 @@ def theirs(args: argparse.Namespace, turns: Turns) -> Callable[[], None]:
         args=config,
         train_dataset=Dataset.from_list(rows),
         processing_class=load_processor(args.model),
-        callbacks=[TheirTurn(turns, lengths)],
+        callbacks=[TheirTurn(turns, REFERENCE, lambda: {"length": lengths[-1]})],
     )
     return trainer.train
 
@@ -179,11 +130,13 @@ def table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
         ", ".join(f"{name} {value}" for name, value in settings.items()) + ".",
         "Seconds of a step and their ratio to TRL's step of the same round, p50 (p20 to p80).",
         "",
-        "| trainer | steps per second | seconds | ratio to TRL | mean length |",
-        "|---|---|---|---|---|",
+        "| trainer | steps per second | seconds | ratio to TRL | mean length | rollout (%) | reward (%) | score (%) | "
+        "update (%) |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        cells = (as_cell(row, "seconds"), as_cell(row, "ratio"), f"{row['mean_length']:.1f}")
+        cells = [as_cell(row, "seconds"), as_cell(row, "ratio"), f"{row['mean_length']:.1f}"]
+        cells += [str(row[f"{stage}_percent"]) for stage in STAGES]
         lines.append(f"| {row['trainer']} | {1 / row['seconds_p50']:.2f} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -208,17 +161,16 @@ def main() -> None:
         "ours": ours(args, turns, "ours", None),
         "ours with VARS": ours(args, turns, "ours with VARS", VisualAttentionReward()),
     }
-    threads = [threading.Thread(target=work[name], daemon=True) for name in turns.names[:-1]]
-    for thread in threads:
-        thread.start()
-    work[turns.names[-1]]()
-    for thread in threads:
-        thread.join()
+    take_turns(turns, work)
     reference, rows = turns.seconds[REFERENCE][warm_up:], []
     for name in turns.names:
-        seconds, lengths = turns.seconds[name][warm_up:], turns.lengths[name][warm_up:]
+        seconds, notes = turns.seconds[name][warm_up:], turns.notes[name][warm_up:]
         ratios = [mine / other for mine, other in zip(seconds, reference, strict=True)]
-        row = {"trainer": name, "mean_length": round(sum(lengths) / len(lengths), 1)}
+        row = {"trainer": name, "mean_length": round(sum(each["length"] for each in notes) / len(notes), 1)}
+        for stage in STAGES:  # TRL does not tell its own
+            row[f"{stage}_percent"] = (
+                round(100 * sum(each[stage] for each in notes) / sum(seconds), 1) if stage in notes[0] else ""
+            )
         rows.append(row | as_columns("seconds", seconds) | as_columns("ratio", ratios))
         print(rows[-1], flush=True)
     names = ("prompts", "generations", "new_tokens", "micro_batch")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import logging
 import platform
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -84,6 +86,12 @@ def in_process(what: str) -> Any:
     if done.returncode:
         raise SystemExit(f"measurement {what!r} failed with status {done.returncode}; out of memory when negative.")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def hush() -> None:
+    """Let Lightning say errors only."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
 
 
 def about(device: str, threads: int) -> dict[str, Any]:

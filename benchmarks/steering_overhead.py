@@ -17,10 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import subjects
 import torch
-from attention_memory import make_roles
 from measuring import about, as_cell, as_columns, quantiles, rounded, synchronize, write
-from transformers import PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import PreTrainedModel
 
 from avar_lightning import steer_attention
 from avar_lightning.roles import Role
@@ -40,30 +40,15 @@ WAYS = {
 
 def build(args: argparse.Namespace) -> PreTrainedModel:
     """Decoder layers of Qwen2.5-VL-3B (heads of 128, 16 query and 2 key heads) under a small vocabulary."""
-    torch.manual_seed(0)
-    text = {
-        "vocab_size": 256,
-        "hidden_size": 2048,
-        "intermediate_size": 11008,
-        "num_hidden_layers": args.layers,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 2 * max(args.lengths),
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-    }
-    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 2048}
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
-    config._attn_implementation = args.attn
-    return Qwen2_5_VLForConditionalGeneration(config).to(args.device, getattr(torch, args.dtype)).eval()
+    options = {"layers": args.layers, "device": args.device, "dtype": args.dtype}
+    return subjects.build("3b", attention=args.attn, length=max(args.lengths), **options).eval()
 
 
 @torch.inference_mode()
 def measure(model: PreTrainedModel, args: argparse.Namespace, length: int) -> dict[tuple[str, str], list[float]]:
     """Seconds of a prefill of `length` tokens and of one more token, by phase and way."""
-    roles = make_roles(length, args.device)
-    ids = torch.arange(length, device=args.device).remainder(200)[None]
+    roles = subjects.make_roles(length, args.device)
+    ids = torch.arange(length, device=args.device).remainder(200).add(50)[None]
     seconds: dict[tuple[str, str], list[float]] = {(phase, way): [] for phase in ("prefill", "decode") for way in WAYS}
     for round_number in range(args.repeats + 1):
         for way, arguments in WAYS.items():

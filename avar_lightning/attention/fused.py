@@ -156,9 +156,12 @@ def carry_gradient(grad_out: Tensor, out: Tensor, grad_lse: Tensor) -> tuple[Ten
     """
     dtype = grad_lse.dtype
     wide, grad_lse = grad_out.to(dtype), grad_lse.unsqueeze(-1)
-    square = wide.square().sum(-1, keepdim=True)
+    square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
     alone = (square < TINY**2) & (grad_lse != 0)
-    wide = wide.masked_fill(alone, TINY)
-    square = square.masked_fill_(alone, out.shape[-1] * TINY**2).masked_fill_(grad_lse == 0, 1.0)
-    shifted = out.to(dtype) - wide * (grad_lse / square)
+    if alone.any():
+        wide = wide.masked_fill(alone, TINY)
+        square.masked_fill_(alone, out.shape[-1] * TINY**2)
+    square.masked_fill_(grad_lse == 0, 1.0)
+    # In one pass, since these are as large as the output.
+    shifted = torch.addcmul(out.to(dtype), wide, grad_lse / square, value=-1)
     return wide.to(grad_out.dtype), shifted.to(out.dtype)

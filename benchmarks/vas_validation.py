@@ -1,0 +1,122 @@
+"""A whole validation with VASCallback beside one without, which take turns in one process, round after round.
+
+With and without generated answers; the callback measures the forward over the reference responses. Writes a CSV and a
+table to benchmarks/results/.
+
+    python benchmarks/vas_validation.py
+    python benchmarks/vas_validation.py --device cuda --dtype bfloat16 --cases 7b-4-4096
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from typing import Any
+
+import lightning as L
+import subjects
+import torch
+from attention_layers import Case
+from measuring import about, as_cell, as_columns, hush, in_process, parser_of, synchronize, write
+from torch.utils.data import DataLoader
+
+from avar_lightning import SFTModule
+from avar_lightning.callbacks import VASCallback
+
+BATCHES, NEW_TOKENS = 4, 16
+CONTESTANTS = ("without VAS", "without VAS, again", "with VAS")
+
+
+def validation(case: Case, module: SFTModule, name: str, device: str) -> float:
+    """Seconds of one validation."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = L.Trainer(
+            accelerator="cpu" if device == "cpu" else "gpu",
+            devices=1,
+            default_root_dir=folder,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[VASCallback()] if name == "with VAS" else [],
+        )
+        batches = DataLoader([batch_of(case, module.max_new_tokens > 0)] * BATCHES, batch_size=None)
+        synchronize(device)
+        start = time.perf_counter()
+        trainer.validate(module, batches, verbose=False)
+        synchronize(device)
+        return time.perf_counter() - start
+
+
+def batch_of(case: Case, answers: bool) -> dict[str, Any]:
+    """Reference responses and, for answers, the prompts before them."""
+    batch = subjects.make_batch(case.length)
+    if answers:
+        length = int((batch["labels"][0] >= 0).nonzero()[0])
+        texts = {name: batch[name][:, :length] for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
+        batch["prompt"] = batch | texts | {"role_ids": batch["role_ids"][:, :length]}
+        del batch["prompt"]["labels"]
+    batch["columns"] = [{"id": "0", "answer": "0"}]
+    return batch
+
+
+def measure(args: Any, case: Case, new_tokens: int) -> dict[str, list[float]]:
+    """Seconds of every contestant in turn, after a round that warms up."""
+    module = SFTModule(max_new_tokens=new_tokens)
+    options = {"layers": case.layers, "device": args.device, "dtype": args.dtype}
+    module.load = lambda: subjects.build(case.size, attention="sdpa", length=case.length, **options)
+    module.configure_model()
+    seconds: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
+    for number in range(args.repeats + 1):
+        for name in CONTESTANTS:
+            taken = validation(case, module, name, args.device)
+            if number:
+                seconds[name].append(taken)
+    return seconds
+
+
+def table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
+    """Markdown: seconds, and ratios to the validation without of the same round."""
+    lines = [
+        "# A validation with VASCallback",
+        "",
+        ", ".join(f"{name} {value}" for name, value in settings.items()) + ".",
+        "Ratios are to the validation without it of the same round, p50 (p20 to p80).",
+        "",
+        "| model | layers | N | new tokens | validation | seconds | ratio |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [str(row[name]) for name in ("size", "layers", "length", "new_tokens", "validation")]
+        lines.append(f"| {' | '.join([*cells, as_cell(row, 'seconds'), as_cell(row, 'ratio', digits=3)])} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure everything, or one thing in a process of its own."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--cases", nargs="+", default=["small-4-512", "small-4-2048", "medium-8-2048"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    hush()
+    if args.measure is not None:
+        text, new_tokens = args.measure.split(":")
+        print(json.dumps(measure(args, Case.of(text), int(new_tokens))))
+        return
+    rows = []
+    for text in args.cases:
+        for new_tokens in (0, NEW_TOKENS):
+            case, seconds = Case.of(text), in_process(f"{text}:{new_tokens}")
+            for name in CONTESTANTS:
+                ratios = [mine / plain for mine, plain in zip(seconds[name], seconds[CONTESTANTS[0]], strict=True)]
+                row = {"size": case.size, "layers": case.layers, "length": case.length, "new_tokens": new_tokens}
+                row |= {"validation": name} | as_columns("seconds", seconds[name]) | as_columns("ratio", ratios)
+                rows.append(row)
+                print(row, flush=True)
+    settings = {"dtype": args.dtype, "batches": BATCHES, "repeats": args.repeats} | about(args.device, args.threads)
+    write(args.output / f"vas_validation_{args.device.split(':')[0]}.csv", rows, settings, table(rows, settings))
+
+
+if __name__ == "__main__":
+    main()
