@@ -1,8 +1,8 @@
 """The attention operation alone, in the shape of a 7B layer: plain SDPA, with masses, and eager with masses.
 
 28 query heads, 4 key heads, head 128. Masses of the image (|V| tokens) and the system prompt for the last quarter of
-the rows, or for all of them after the image. Forward alone, and forward with backward. Times are paired, every contestant
-in turn in one process. Writes a CSV and a table to benchmarks/results/.
+the rows, or for all of them after the image. Forward alone, and forward with backward. Times are paired, every
+contestant in turn in one process. Writes a CSV and a table to benchmarks/results/.
 
     python benchmarks/attention_op.py
     python benchmarks/attention_op.py --device cuda --dtype bfloat16 --lengths 1024 4096 16384 32768 --images 256 4096
@@ -121,8 +121,8 @@ def table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
         "# The attention operation alone, with masses of key groups",
         "",
         ", ".join(f"{name} {value}" for name, value in settings.items()) + ".",
-        f"{HEADS} query heads, {KEY_HEADS} key heads, head {HEAD_DIM}, causal. Ratios are to plain SDPA of the same round,",
-        "p50 (p20 to p80); groups are the image (|V| tokens) and the system prompt (N / 16); rows as the name says.",
+        f"{HEADS} query heads, {KEY_HEADS} key heads, head {HEAD_DIM}, causal. Ratios are to plain SDPA of the same",
+        "round, p50 (p20 to p80); groups are the image (|V| tokens) and the system prompt (N / 16); rows as named.",
         "",
         "| N | \\|V\\| | phase | attention | seconds | ratio | peak MiB |",
         "|---|---|---|---|---|---|---|",
