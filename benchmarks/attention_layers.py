@@ -67,6 +67,18 @@ class Case(NamedTuple):
         layers, length, *image = map(int, numbers)
         return Case(size, layers, length, image[0] if image else None)
 
+    @staticmethod
+    def without_image(text: str) -> Case:
+        """Read from the command line of a benchmark whose batches hold pictures, a quarter of all tokens.
+
+        Raises:
+            SystemExit: It is no such case.
+        """
+        case = Case.of(text)
+        if case.num_image is not None:
+            raise SystemExit(f"{text!r} chooses image tokens, expected SIZE-LAYERS-LENGTH; they are a quarter here.")
+        return case
+
     def implementations(self) -> tuple[str, ...]:
         """Those that are measured."""
         return IMPLEMENTATIONS if self.length <= LONGEST_EAGER else IMPLEMENTATIONS[:2]

@@ -10,6 +10,7 @@ log-probabilities, update. Writes a CSV and a table to benchmarks/results/.
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -117,7 +118,7 @@ def theirs(args: argparse.Namespace, turns: Turns) -> Callable[[], None]:
         args=config,
         train_dataset=Dataset.from_list(rows),
         processing_class=load_processor(args.model),
-        callbacks=[TheirTurn(turns, REFERENCE, lambda: {"length": lengths[-1]})],
+        callbacks=[TheirTurn(turns, REFERENCE, lambda: {"length": lengths[-1] if lengths else math.nan})],
     )
     return trainer.train
 

@@ -100,7 +100,7 @@ def make_roles(length: int, device: str = "cpu", *, num_image: int | None = None
 
 
 def make_batch(length: int, batch: int = 1) -> dict[str, Any]:
-    """A batch as the data module makes it: random words and pictures, labels on responses."""
+    """A batch as the data module makes it: random words and pictures, labels on responses; a quarter is the image."""
     generator = torch.Generator().manual_seed(0)
     roles = make_roles(length).repeat(batch, 1)
     is_image = roles == Role.IMAGE

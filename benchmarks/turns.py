@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -33,10 +34,10 @@ class Turns:
                 raise TimeoutError(f"{name} waited {PATIENCE} s for its turn: another trainer has failed.")
             self.started = time.perf_counter()
 
-    def done(self, name: str, notes: dict[str, float]) -> None:
+    def done(self, name: str, note: Callable[[], dict[str, float]]) -> None:
         """Keep the step's seconds, and what is noted of it, and let the next one step."""
         self.seconds[name].append(time.perf_counter() - self.started)
-        self.notes[name].append(notes)
+        self.notes[name].append(note())
         with self.condition:
             self.now = (self.now + 1) % len(self.names)
             self.condition.notify_all()
@@ -62,7 +63,7 @@ class OurTurn(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         """Between two steps."""
-        self.turns.done(self.name, self.note(module))
+        self.turns.done(self.name, partial(self.note, module))
         if trainer.global_step < trainer.max_steps:
             self.turns.wait(self.name)
 
@@ -85,7 +86,7 @@ class TheirTurn(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Between two steps."""
-        self.turns.done(self.name, self.note())
+        self.turns.done(self.name, self.note)
         if state.global_step < state.max_steps:
             self.turns.wait(self.name)
 

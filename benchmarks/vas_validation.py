@@ -102,12 +102,12 @@ def main() -> None:
     hush()
     if args.measure is not None:
         text, new_tokens = args.measure.split(":")
-        print(json.dumps(measure(args, Case.of(text), int(new_tokens))))
+        print(json.dumps(measure(args, Case.without_image(text), int(new_tokens))))
         return
     rows = []
     for text in args.cases:
         for new_tokens in (0, NEW_TOKENS):
-            case, seconds = Case.of(text), in_process(f"{text}:{new_tokens}")
+            case, seconds = Case.without_image(text), in_process(f"{text}:{new_tokens}")
             for name in CONTESTANTS:
                 ratios = [mine / plain for mine, plain in zip(seconds[name], seconds[CONTESTANTS[0]], strict=True)]
                 row = {"size": case.size, "layers": case.layers, "length": case.length, "new_tokens": new_tokens}

@@ -3,7 +3,7 @@
 A fused kernel computes the log-sum-exp of every row's logits on its way, and its backward needs it, but PyTorch lets no
 gradient through it. A flash backward reads the output O in one place only: δ = Σ_d dO ∘ O, one number a row, in
 dS = P ∘ (dP − δ). A gradient dlse of the log-sum-exp adds P ∘ dlse. So the same kernel, unchanged, returns both when it
-is handed O − dlse · dO / ‖dO‖², whose δ is smaller by dlse.
+is handed, in place of O, anything whose δ is smaller by dlse.
 
 With the log-sum-exp known, the mass of a group of keys needs the group's columns alone (`mass.attention_mass`).
 
@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 """Where numbers as small as `TINY` and as large as its inverse exist, which float16 has not."""
-TINY = 2.0**-60
+TINY = 2.0**-40
 
 
 class LogSumExps(TorchFunctionMode):
@@ -54,9 +54,14 @@ class LogSumExps(TorchFunctionMode):
         """
         if len(self._calls) != 1:
             return None
-        lse_BHN, queries, keys, its_scale = self._calls[0]
-        expected = queries == query.shape and keys[2:] == key.shape[2:] and its_scale == scale
-        return lse_BHN if expected else None
+        lse, queries, keys, its_scale = self._calls[0]
+        if lse is None or keys[2:] != key.shape[2:] or its_scale != scale:
+            return None
+        batch, heads, rows, width = query.shape
+        # transformers hands the query heads of one row over as rows of their key head.
+        if rows == 1 and queries == (batch, key.shape[1], heads // key.shape[1], width):
+            return lse.reshape(batch, heads, 1)
+        return lse if queries == query.shape else None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -78,19 +83,22 @@ class LogSumExps(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        query, key, value, attn_mask = as_autocast(query, key, value, attn_mask)
         options: dict[str, Any] = {
             "dropout_p": dropout_p,
             "is_causal": is_causal,
             "scale": scale,
             "enable_gqa": enable_gqa,
         }
-        if not _is_fused(query, key, value, attn_mask, **options):
+        cast = as_autocast(query, key, value, attn_mask)
+        if not _is_fused(*cast, **options):
             self._calls.append((None, query.shape, key.shape, scale))
             return scaled_dot_product_attention(query, key, value, attn_mask, **options)
+        query, key, value, attn_mask = cast
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
         out, lse = _FusedAttention.apply(query, key, value, attn_mask, is_causal, scale)
+        # Where only values train, masses have no gradient.
+        lse = lse if query.requires_grad or key.requires_grad else lse.detach()
         self._calls.append((lse, query.shape, key.shape, scale))
         return out
 
@@ -98,7 +106,9 @@ class LogSumExps(TorchFunctionMode):
 def _is_fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> bool:
     if query.device.type != "cpu" or query.dtype not in DTYPES or options["dropout_p"]:
         return False
-    if mask is not None and (mask.requires_grad or mask.dim() not in (2, 4)):
+    if mask is not None and (
+        mask.requires_grad or mask.dim() not in (2, 4) or mask.dtype not in (torch.bool, query.dtype)
+    ):
         return False
     dropout, is_causal = options.pop("dropout_p"), options.pop("is_causal")
     choice = torch._fused_sdp_choice(query, key, value, mask, dropout, is_causal, **options)
@@ -106,11 +116,12 @@ def _is_fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **
 
 
 def as_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The arguments of attention as autocast makes them, where it is on."""
-    device = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if not torch.is_autocast_enabled(device):
+    """The arguments of attention on a CPU as autocast makes them, where it is on."""
+    if any(tensor.device.type != "cpu" for tensor in tensors if tensor is not None) or not torch.is_autocast_enabled(
+        "cpu"
+    ):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype("cpu")
     casts = (torch.float32, torch.bfloat16, torch.float16)
     return tuple(tensor.to(dtype) if tensor is not None and tensor.dtype in casts else tensor for tensor in tensors)
 
@@ -151,17 +162,23 @@ def carry_gradient(grad_out: Tensor, out: Tensor, grad_lse: Tensor) -> tuple[Ten
 
     Returns:
         Gradient and output to call it with: Σ_d of their product is smaller by `grad_lse`. Rows without gradient of the
-        log-sum-exp stay as they are, bit for bit. Rows that have nothing else get a gradient of the output of 2^-60,
-        which is below what the dtype resolves beside anything that matters.
+        log-sum-exp stay as they are, bit for bit. In the others the output is 0 but where the gradient is largest: one
+        component carries the number in float32, three carry it whole in bfloat16. Where the gradient has none that is
+        large enough, it gets one of `TINY` times the number.
     """
     dtype = grad_lse.dtype
-    wide, grad_lse = grad_out.to(dtype), grad_lse.unsqueeze(-1)
-    square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
-    alone = (square < TINY**2) & (grad_lse != 0)
-    if alone.any():
-        wide = wide.masked_fill(alone, TINY)
-        square.masked_fill_(alone, out.shape[-1] * TINY**2)
-    square.masked_fill_(grad_lse == 0, 1.0)
-    # In one pass, since these are as large as the output.
-    shifted = torch.addcmul(out.to(dtype), wide, grad_lse / square, value=-1)
-    return wide.to(grad_out.dtype), shifted.to(out.dtype)
+    wanted = grad_lse.unsqueeze(-1) != 0
+    rest = (grad_out.to(dtype) * out.to(dtype)).sum(-1, keepdim=True).sub_(grad_lse.unsqueeze(-1))
+    size, carrier = grad_out.abs(), out.masked_fill(wanted, 0.0)
+    for _ in range(1 if out.element_size() >= 4 else 3):
+        largest, index = size.max(-1, keepdim=True)
+        least = (rest.abs() * TINY).clamp_(min=torch.finfo(dtype).tiny).to(out.dtype)
+        too_small = wanted & (largest < least)
+        component = torch.where(too_small, least, grad_out.gather(-1, index))
+        if too_small.any():
+            grad_out = grad_out.scatter(-1, index, component)
+        value = (rest / component.to(dtype)).to(out.dtype)
+        carrier.scatter_(-1, index, torch.where(wanted, value, carrier.gather(-1, index)))
+        rest -= value.to(dtype) * component.to(dtype)
+        size.scatter_(-1, index, -1.0)  # the next one is another
+    return grad_out, carrier

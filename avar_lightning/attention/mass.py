@@ -61,11 +61,12 @@ def attention_mass(
         scale: Factor of the logits, D^-0.5 by default.
         softcap: Logits become softcap · tanh(logits / softcap), as in Gemma 2.
         change: A further change of the logits, before the mask.
-        lse_BHQ: Log-sum-exp of each row's logits over all keys that it sees, if it is known already. Then keys, groups
-            and visibility need only be those of the keys that are in a group.
+        lse_BHQ: Log-sum-exp of each row's logits (capped and changed) over all keys that it sees, if it is known
+            already. Then keys, groups and visibility need only be those of the keys that are in a group.
 
     Returns:
-        (B, H, Q, G), float32 (float64 for float64 queries), in [0, 1].
+        (B, H, Q, G), float32 (float64 for float64 queries), in [0, 1]; with a given log-sum-exp as exactly as that is,
+        which a kernel knows to 1e-6 in float32 and to 1e-4 in bfloat16.
 
     Raises:
         ValueError: The shapes do not fit together.

@@ -36,8 +36,10 @@ class ForwardObserver:
         self.with_grad = torch.is_grad_enabled()
         self.done: set[int] = set()
         self.rows: dict[torch.device, Selection] = {}
-        self.grouped: dict[tuple[torch.device, int], tuple[Selection, Tensor, Tensor]] = {}
-        self.seen: dict[tuple[Any, ...], tuple[Any, Visibility, OnKeys]] = {}
+        self.groups: dict[tuple[torch.device, int], Tensor] = {}
+        self.grouped: dict[tuple[torch.device, int], tuple[Selection, Tensor]] = {}
+        self.seen: dict[tuple[Any, ...], tuple[Any, Visibility]] = {}
+        self.seen_of_grouped: dict[int, OnKeys] = {}
 
     def wants(self, module: nn.Module) -> bool:
         """Whether to record this layer. The keys of cross-attention are not tokens, so it has no masses."""
@@ -57,28 +59,24 @@ class ForwardObserver:
                 "attention cannot be observed under reentrant gradient checkpointing, which loses its "
                 'gradient; enable checkpointing with gradient_checkpointing_kwargs={"use_reentrant": False}.'
             )
-        rows, num_keys = self._rows_on(call.q_BHND.device), call.k_BMKD.shape[2]
+        rows = self._rows_on(call.q_BHND.device)
         if call.q_BHND.shape[2] != rows.shape[1]:
             raise ValueError(
                 f"layer {layer} attends from {call.q_BHND.shape[2]} of the forward's {rows.shape[1]} rows; "
                 "attention cannot be observed in a layer that drops rows."
             )
-        keys, groups_BKG, groups_BCG = self._groups_on(call.k_BMKD.device, num_keys)
         q_BHQD = rows.gather(call.q_BHND)
-        visible, of_keys = self._visibility(call, rows, keys)
         softmax: dict[str, Any] = {
-            "visible": visible,
+            "visible": self._visibility(call, rows),
             "scale": call.scale,
             "softcap": call.softcap,
             "change": call.change_of(rows),
         }
-        if lse_BHN is None:
-            mass_BHQG = attention_mass(q_BHQD, call.k_BMKD, groups_BKG, **softmax)
+        if lse_BHN is None or call.softcap is not None:
+            mass_BHQG = attention_mass(q_BHQD, call.k_BMKD, self._groups_of(call), **softmax)
         else:
             lse_BHQ = rows.gather(lse_BHN.unsqueeze(-1)).squeeze(-1)
-            # The numbers that the kernel made its log-sum-exp of.
-            q_BHQD, k_BMCD = as_autocast(q_BHQD, keys.gather(call.k_BMKD))
-            mass_BHQG = attention_mass(q_BHQD, k_BMCD, groups_BCG, **softmax | {"visible": of_keys}, lse_BHQ=lse_BHQ)
+            mass_BHQG = self._mass_of_grouped(call, q_BHQD, lse_BHQ, softmax)
         mass_BHNG = rows.scatter(mass_BHQG)
         masses = self.masses()
         if layer in self.done or masses is None:
@@ -86,8 +84,19 @@ class ForwardObserver:
         self.done.add(layer)
         masses.mass[layer] = mass_BHNG
         if masses.received is not None:
-            received_BHK = attention_received(q_BHQD, call.k_BMKD, rows.valid_BQ, **softmax)
+            received_BHK = attention_received(q_BHQD, call.k_BMKD, rows.valid_BS, **softmax)
             masses.received[layer] = self._by_position(received_BHK)
+
+    def _mass_of_grouped(self, call: AttentionCall, q_BHQD: Tensor, lse_BHQ: Tensor, softmax: dict[str, Any]) -> Tensor:
+        """Masses from the keys of the groups alone."""
+        keys, groups_BCG = self._grouped_of(call)
+        visible = softmax["visible"]
+        if id(visible) not in self.seen_of_grouped:
+            self.seen_of_grouped[id(visible)] = OnKeys(visible, keys)
+        # The numbers that the kernel made its log-sum-exp of.
+        q_BHQD, k_BMCD = as_autocast(q_BHQD, keys.gather(call.k_BMKD))
+        arguments = softmax | {"visible": self.seen_of_grouped[id(visible)], "lse_BHQ": lse_BHQ}
+        return attention_mass(q_BHQD, k_BMCD, groups_BCG, **arguments)
 
     def _rows_on(self, device: torch.device) -> Selection:
         """The query rows, on the device of the layer (the layers of one model may be spread over several)."""
@@ -95,24 +104,31 @@ class ForwardObserver:
             self.rows[device] = Selection(mask_of(self.role_ids[:, self.num_past :], self.queries).to(device))
         return self.rows[device]
 
-    def _groups_on(self, device: torch.device, num_keys: int) -> tuple[Selection, Tensor, Tensor]:
-        """The keys of all groups; groups of every key (B, K, G), and of these keys (B, C, G)."""
-        if (device, num_keys) not in self.grouped:
+    def _groups_of(self, call: AttentionCall) -> Tensor:
+        """Which keys are in which group, (B, K, G)."""
+        device, num_keys = call.k_BMKD.device, call.k_BMKD.shape[2]
+        if (device, num_keys) not in self.groups:
             roles_BK = roles_of_keys(self.role_ids, num_keys).to(device)
-            groups_BKG = torch.stack([roles_BK == key for key in self.keys], dim=-1)
-            keys = Selection(groups_BKG.any(-1))
-            groups_BCG = groups_BKG.take_along_dim(keys.index_BQ[..., None], dim=1) & keys.valid_BQ[..., None]
-            self.grouped[device, num_keys] = keys, groups_BKG, groups_BCG
-        return self.grouped[device, num_keys]
+            self.groups[device, num_keys] = torch.stack([roles_BK == key for key in self.keys], dim=-1)
+        return self.groups[device, num_keys]
 
-    def _visibility(self, call: AttentionCall, rows: Selection, keys: Selection) -> tuple[Visibility, OnKeys]:
-        """What the rows see, of all keys and of some; one for all layers of a mask, which is looked into once."""
+    def _grouped_of(self, call: AttentionCall) -> tuple[Selection, Tensor]:
+        """The keys that are in a group, and in which, (B, C, G)."""
+        place = call.k_BMKD.device, call.k_BMKD.shape[2]
+        if place not in self.grouped:
+            groups_BKG = self._groups_of(call)
+            keys = Selection(groups_BKG.any(-1))
+            groups_BCG = groups_BKG.take_along_dim(keys.index_BS[..., None], dim=1) & keys.valid_BS[..., None]
+            self.grouped[place] = keys, groups_BCG
+        return self.grouped[place]
+
+    def _visibility(self, call: AttentionCall, rows: Selection) -> Visibility:
+        """What the rows see; one for all layers that were given the same mask, because it may look into it once."""
         key = (id(call.mask), call.q_BHND.device, call.k_BMKD.shape[2], call.window, call.is_causal)
         if key not in self.seen:
             # The mask is kept too, so that no other can get its id.
-            visible = visibility_of(call, rows)
-            self.seen[key] = call.mask, visible, OnKeys(visible, keys)
-        return self.seen[key][1:]
+            self.seen[key] = (call.mask, visibility_of(call, rows))
+        return self.seen[key][1]
 
     def _by_position(self, received_BHK: Tensor) -> Tensor:
         """Undo `roles_of_keys`: (B, H, K) to (B, H, positions)."""

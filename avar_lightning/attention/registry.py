@@ -12,9 +12,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -162,19 +162,30 @@ def _wrapper(base: str) -> AttentionFunction:
             with _own_name(module, base):
                 return function(module, query, key, value, attention_mask, **kwargs)
         call = AttentionCall(base, module, query, key, attention_mask, kwargs, steering)
+
+        def run(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+            return function(module, query, key, value, attention_mask, **kwargs)
+
         with _own_name(module, base):
             if steering is None:
-                with LogSumExps() as kernel:
-                    result = function(module, query, key, value, attention_mask, **kwargs)
-                lse_BHN = kernel.of(query, key, call.scale)
-            else:
-                run = partial(function, module, attention_mask=attention_mask)
-                result, lse_BHN = steering.attend(call, value, run, kwargs), None
-        for observer in observers:
-            observer.observe(call, lse_BHN)
-        return result
+                return _observed(observers, call, value, run, kwargs)
+            for observer in observers:
+                observer.observe(call, None)
+            return steering.attend(call, value, run, kwargs)
 
     return attention
+
+
+@torch.compiler.disable
+def _observed(
+    observers: list[LayerObserver], call: AttentionCall, value: Tensor, base: AttentionFunction, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    with LogSumExps() as overheard:
+        result = base(call.q_BHND, call.k_BMKD, value, **kwargs)
+    lse_BHN = overheard.of(call.q_BHND, call.k_BMKD, call.scale)
+    for observer in observers:
+        observer.observe(call, lse_BHN)
+    return result
 
 
 @contextmanager

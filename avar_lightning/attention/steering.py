@@ -160,7 +160,7 @@ class ForwardSteering:
             return None
         selected_BHN = self._selected(call)
         if selected_BHN is not None and rows is not None:
-            index = rows.index_BQ[:, None].expand(-1, selected_BHN.shape[1], -1)
+            index = rows.index_BS[:, None].expand(-1, selected_BHN.shape[1], -1)
             selected_BHN = selected_BHN.expand(len(index), -1, -1).gather(2, index)
         return LogitChange(self.intervention.mode, self._strength(call), selected_BHN)
 

@@ -1,6 +1,6 @@
 """Which keys each selected query row sees: every mask that transformers hands to attention, in one shape.
 
-Shape letters: B batch, H heads, N rows of the forward, Q selected rows, K keys, C selected keys.
+Shape letters: B batch, H heads, N rows of the forward, Q selected rows, K keys, C selected keys, S selected of either.
 """
 
 from __future__ import annotations
@@ -47,27 +47,27 @@ class Selection:
         self.count = int(counts.max()) if mask_BN.numel() else 0
         order = (~mask_BN).to(torch.uint8).argsort(dim=1, stable=True)[:, : self.count]
         slots = torch.arange(self.count, device=mask_BN.device)
-        self.valid_BQ = slots < counts[:, None]
+        self.valid_BS = slots < counts[:, None]
         # Spare slots repeat the sample's last wanted one, so that the positions never decrease.
-        self.index_BQ = order.gather(1, torch.minimum(slots, (counts[:, None] - 1).clamp(min=0)))
-        self.is_everything = self.count == mask_BN.shape[1] and bool(self.valid_BQ.all())
-        self.last = self.index_BQ.amax(0).tolist() if self.count else []
+        self.index_BS = order.gather(1, torch.minimum(slots, (counts[:, None] - 1).clamp(min=0)))
+        self.is_everything = self.count == mask_BN.shape[1] and bool(self.valid_BS.all())
+        self.last = self.index_BS.amax(0).tolist() if self.count else []
 
     def gather(self, x_BHND: Tensor) -> Tensor:
         """Select: (B, H, N, D) to (B, H, Q, D)."""
         if self.is_everything:
             return x_BHND
-        index = self.index_BQ[:, None, :, None]
+        index = self.index_BS[:, None, :, None]
         return x_BHND.gather(2, index.expand(-1, x_BHND.shape[1], -1, x_BHND.shape[3]))
 
     def scatter(self, x_BHQG: Tensor) -> Tensor:
         """Put the rows back: (B, H, Q, G) to (B, H, N, G), zero where a row was not wanted."""
         if self.is_everything:
             return x_BHQG
-        x_BHQG = torch.where(self.valid_BQ[:, None, :, None], x_BHQG, 0)
+        x_BHQG = torch.where(self.valid_BS[:, None, :, None], x_BHQG, 0)
         full = x_BHQG.new_zeros(*x_BHQG.shape[:2], self.shape[1], x_BHQG.shape[3])
         # Adding lets the zeros of spare slots land on a real row without overwriting it.
-        return full.scatter_add(2, self.index_BQ[:, None, :, None].expand_as(x_BHQG), x_BHQG)
+        return full.scatter_add(2, self.index_BS[:, None, :, None].expand_as(x_BHQG), x_BHQG)
 
 
 class Everything:
@@ -108,11 +108,11 @@ class Causal:
 
     def __call__(self, start: int, stop: int, num_keys: int) -> Tensor:
         """Triangle, band and padding of the block."""
-        return self.of_keys(start, stop, torch.arange(num_keys, device=self.rows.index_BQ.device)[None])
+        return self.of_keys(start, stop, torch.arange(num_keys, device=self.rows.index_BS.device)[None])
 
     def of_keys(self, start: int, stop: int, index_BC: Tensor) -> Tensor:
         """The same where the keys are."""
-        position_BQ = self.rows.index_BQ[:, start:stop] + self.offset
+        position_BQ = self.rows.index_BS[:, start:stop] + self.offset
         seen_BQC = index_BC[:, None] <= position_BQ[:, :, None]
         if self.window is not None:
             seen_BQC &= index_BC[:, None] > position_BQ[:, :, None] - self.window
@@ -163,14 +163,20 @@ class Masked(_Scanned):
             return mask
         if self.rows.is_everything:
             return mask[:, :, start:stop]
-        index_BQ = self.rows.index_BQ[:, start:stop]
+        index_BQ = self.rows.index_BS[:, start:stop]
         batch = torch.arange(index_BQ.shape[0], device=index_BQ.device) if mask.shape[0] > 1 else index_BQ.new_zeros(1)
         # Two index tensors around a slice put the indexed dimensions first: (B, Q, H, K).
         return mask[batch[:, None], :, index_BQ].transpose(1, 2)
 
     def of_keys(self, start: int, stop: int, index_BC: Tensor) -> Tensor:
-        """The block's rows, the keys' columns."""
-        return self(start, stop, self.num_keys).take_along_dim(index_BC[:, None, None], dim=-1)
+        """The block's rows, the keys' columns; never whole rows, which are many where the keys are few."""
+        rows_BQ1, keys_B1C = self.rows.index_BS[:, start:stop, None], index_BC[:, None]
+        batch_B11 = torch.arange(len(index_BC), device=index_BC.device)[:, None, None]
+        whole_batch, _, whole_rows, _ = self.mask.shape
+        mask_BQCH = self.mask[
+            batch_B11 if whole_batch > 1 else batch_B11 * 0, :, rows_BQ1 if whole_rows > 1 else rows_BQ1 * 0, keys_B1C
+        ]
+        return mask_BQCH.permute(0, 3, 1, 2)
 
 
 class MaskFunction(_Scanned):
@@ -182,11 +188,11 @@ class MaskFunction(_Scanned):
 
     def __call__(self, start: int, stop: int, num_keys: int) -> Tensor:
         """The rule, evaluated on the block."""
-        return self.of_keys(start, stop, torch.arange(num_keys, device=self.rows.index_BQ.device)[None])
+        return self.of_keys(start, stop, torch.arange(num_keys, device=self.rows.index_BS.device)[None])
 
     def of_keys(self, start: int, stop: int, index_BC: Tensor) -> Tensor:
         """The rule, evaluated on the keys."""
-        index_BQ = self.rows.index_BQ[:, start:stop]
+        index_BQ = self.rows.index_BS[:, start:stop]
         device = index_BQ.device
         batch = torch.arange(index_BQ.shape[0], device=device)[:, None, None, None]
         head = torch.arange(self.num_heads, device=device)[None, :, None, None]
@@ -214,7 +220,7 @@ class OnKeys:
         """The block's mask on the first `num_keys` of them."""
         if self._sees_all.get((start, stop)):
             return None
-        mask = self.visible.of_keys(start, stop, self.keys.index_BQ[:, :num_keys])
+        mask = self.visible.of_keys(start, stop, self.keys.index_BS[:, :num_keys])
         if (start, stop) not in self._sees_all:
             self._sees_all[start, stop] = mask is None or (mask.dtype == torch.bool and bool(mask.all()))
         return None if self._sees_all[start, stop] else mask

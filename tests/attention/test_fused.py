@@ -62,9 +62,9 @@ def expected(q: Tensor, k: Tensor, v: Tensor, kind: str) -> tuple[Tensor, Tensor
 
 def attend(q: Tensor, k: Tensor, v: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp as the kernel gives them."""
-    with LogSumExps() as kernel:
+    with LogSumExps() as overheard:
         out = scaled_dot_product_attention(q, k, v, **arguments(kind, q.dtype))
-    lse = kernel.of(q, k, 0.3)
+    lse = overheard.of(q, k, 0.3)
     assert lse is not None
     return out, lse
 
@@ -124,15 +124,29 @@ def test_attention_itself_stays_bit_for_bit(kind: str, dtype: torch.dtype) -> No
         assert all(map(torch.equal, gradients, wanted))
 
 
-def test_attention_under_autocast_stays_bit_for_bit() -> None:
-    q, k, v = tensors(torch.float32)
+@pytest.mark.parametrize("kind", MASKS)
+def test_attention_under_autocast_stays_bit_for_bit(kind: str) -> None:
+    inputs = tensors(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        plain = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        with LogSumExps() as kernel:
-            out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        plain = scaled_dot_product_attention(*inputs, **arguments(kind, torch.float32))
+        out, _ = attend(*inputs, kind)
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, plain)
-    assert kernel.of(q, k, None) is not None
+    weight = torch.randn_like(out)
+    wanted = torch.autograd.grad(plain, inputs, weight)
+    assert all(map(torch.equal, torch.autograd.grad(out, inputs, weight), wanted))
+
+
+def test_one_row_whose_heads_stand_in_rows() -> None:
+    """As transformers hands over the masked query of a decoding step."""
+    q, k, v = tensors(torch.float64)
+    q = q[:, :, -1:]
+    mask = torch.ones(BATCH, 1, 1, LENGTH, dtype=torch.bool)
+    with LogSumExps() as overheard:
+        scaled_dot_product_attention(q.reshape(BATCH, KEY_HEADS, HEADS // KEY_HEADS, DIM), k, v, mask, scale=0.3)
+    lse = overheard.of(q, k, 0.3)
+    logits = q @ k.repeat_interleave(HEADS // KEY_HEADS, dim=1).mT * 0.3
+    torch.testing.assert_close(lse, logits.logsumexp(-1))
 
 
 @pytest.mark.parametrize("how", ["dropout", "float16", "mask with a gradient", "twice", "other scale", "other keys"])
@@ -144,21 +158,81 @@ def test_what_cannot_be_told_is_not_told(how: str) -> None:
     torch.manual_seed(0)
     plain = scaled_dot_product_attention(q, k, v, **options)
     torch.manual_seed(0)
-    with LogSumExps() as kernel:
+    with LogSumExps() as overheard:
         out = scaled_dot_product_attention(q, k, v, **options)
         if how == "twice":
             scaled_dot_product_attention(q, k, v, **options)
     assert torch.equal(out, plain)
-    assert kernel.of(q, k[:, :, 1:] if how == "other keys" else k, 0.4 if how == "other scale" else 0.3) is None
+    assert overheard.of(q, k[:, :, 1:] if how == "other keys" else k, 0.4 if how == "other scale" else 0.3) is None
 
 
-def test_rows_of_which_nothing_else_is_wanted_carry_the_gradient() -> None:
+@pytest.mark.parametrize("size", [1e-3, 0.06, 1.0, 1e3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_part_of_the_log_sum_exp_is_not_rounded_away(dtype: torch.dtype, size: float) -> None:
+    """However small beside the output's own gradient; values and keys have means, as those of real models have."""
+    q, k, v = tensors(dtype)
+    with torch.no_grad():
+        v += 2.0
+        k += torch.linspace(-2, 2, DIM, dtype=dtype)
+    out, lse = attend(q, k, v, "causal")
+    weight = torch.randn(out.shape, dtype=dtype)
+    dlse = size * torch.randn(lse.shape)
+    both = torch.autograd.grad((out, lse), (q, k), (weight, dlse), retain_graph=True)
+    plain = torch.autograd.grad(out, (q, k), weight)
+    exact_inputs = [tensor.detach().double().requires_grad_() for tensor in (q, k, v)]
+    exact = torch.autograd.grad(expected(*exact_inputs, "causal")[1], exact_inputs[:2], dlse.double())
+    for ours, without, theirs in zip(both, plain, exact, strict=True):
+        error = (ours.double() - without.double() - theirs).norm() / (theirs.norm() + without.norm())
+        assert error < (1e-5 if dtype == torch.float32 else 8e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_carried_is_the_number(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    out = (torch.randn(400, 16, generator=generator) + 2).to(dtype)
+    for power in range(-24, 25, 4):
+        grad = (10.0**power * torch.randn(400, 16, generator=generator)).to(dtype)
+        for relative in (1e-6, 1e-3, 1.0, 1e6):
+            dlse = 10.0**power * relative * torch.randn(400, generator=generator)
+            carried, other = carry_gradient(grad, out, dlse)
+            left = (carried.double() * other.double()).sum(-1)
+            wanted = (grad.double() * out.double()).sum(-1) - dlse
+            scale = (grad.double() * out.double()).abs().sum(-1) + dlse.abs()
+            assert ((left - wanted).abs() / scale).max() < 1e-6
+            assert torch.equal(carried, grad) or relative == 1e6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e-20, 1e-12, 1.0, 1e12])
+def test_gradients_know_no_scale(size: float, dtype: torch.dtype) -> None:
+    """With rows whose output nobody wants, and rows of which little is wanted, at every scale of the loss."""
+    q, k, v = tensors(dtype)
+    out, lse = attend(q, k, v, "causal")
+    weight, dlse = torch.randn(out.shape, dtype=dtype), torch.randn(lse.shape)
+    weight[:, :, ::3] = 0.0
+    weight[:, :, 1::3] *= 1e-18 if size == 1.0 else 1.0
+    exact_inputs = [tensor.detach().double().requires_grad_() for tensor in (q, k, v)]
+    exact = torch.autograd.grad(
+        expected(*exact_inputs, "causal"), exact_inputs, [(size * weight.double()), size * dlse.double()]
+    )
+    ours = torch.autograd.grad((out, lse), (q, k, v), (weight * size, dlse * size))
+    for mine, theirs in zip(ours, exact, strict=True):
+        assert (mine.double() - theirs).norm() / theirs.norm() < (2e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_rows_without_a_part_in_it_are_called_as_they_were() -> None:
     grad, out, dlse = torch.zeros(3, 8), torch.randn(3, 8), torch.tensor([2.0, 0.0, -1.0])
     grad[2] = 1e-3
-    carried, shifted = carry_gradient(grad, out, dlse)
-    torch.testing.assert_close((grad * out).sum(-1) - (carried * shifted).sum(-1), dlse)
+    carried, other = carry_gradient(grad, out, dlse)
+    torch.testing.assert_close((grad * out).sum(-1) - (carried * other).sum(-1), dlse)
     assert torch.equal(carried[1:], grad[1:])
-    assert torch.equal(shifted[1], out[1])
+    assert torch.equal(other[1], out[1])
+
+
+def test_masses_have_no_gradient_where_only_values_train() -> None:
+    q, k, v = (tensor.detach() for tensor in tensors(torch.float32))
+    assert not attend(q, k, v.requires_grad_(), "causal")[1].requires_grad
+    assert attend(q, k.requires_grad_(), v, "causal")[1].requires_grad
 
 
 @pytest.mark.parametrize("kind", ["causal", "bool", "bool by head", "additive"])
@@ -174,7 +248,7 @@ def test_masses_from_the_keys_of_the_groups_alone(kind: str) -> None:
     masses = attention_mass(
         rows.gather(inputs[0]),
         keys.gather(inputs[1]),
-        groups.take_along_dim(keys.index_BQ[..., None], 1) & keys.valid_BQ[..., None],
+        groups.take_along_dim(keys.index_BS[..., None], 1) & keys.valid_BS[..., None],
         visible=OnKeys(seen, keys),
         scale=0.3,
         lse_BHQ=rows.gather(lse[..., None])[..., 0],

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from avar_lightning.attention import AttentionRecord, observe_attention
+from avar_lightning.attention import AttentionRecord, attention_mass, observe_attention, observing
 from avar_lightning.roles import Role
 from tests.factories import Batch, Conversation, make_batch, tiny_vlm
 
@@ -62,6 +62,25 @@ def test_masses_are_those_of_one_forward(model: PreTrainedModel, prompts: Batch,
     torch.testing.assert_close(record.vas(), expected.vas(), rtol=1e-2, atol=1e-3)
     for layer in record.layers:
         torch.testing.assert_close(record.received[layer], expected.received[layer], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_only_the_keys_of_the_groups_are_computed(
+    model: PreTrainedModel, prompts: Batch, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys: list[int] = []
+
+    def counted(q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        keys.append(k.shape[2])
+        return attention_mass(q, k, *args, **kwargs)
+
+    monkeypatch.setattr(observing, "attention_mass", counted)
+    batch = prompts if padded else make_batch(PROMPTS[0])
+    grouped = ((batch.role_ids == Role.IMAGE) | (batch.role_ids == Role.SYSTEM)).sum(1).max().item()
+    with observe_attention(model, batch.role_ids, queries=QUERIES):
+        model.generate(**batch.inputs, max_new_tokens=6, do_sample=False)
+    assert len(keys) == 6 * 2
+    assert set(keys) == {grouped}
 
 
 def test_tokens_are_those_of_a_plain_generate(model: PreTrainedModel, prompts: Batch) -> None:

@@ -255,6 +255,15 @@ def test_work_is_proportional_to_the_rows_and_beside_a_fused_kernel_to_the_group
     assert set(work) == {(3, grouped if attn == "sdpa" else role_ids.shape[1])}
 
 
+@pytest.mark.slow
+def test_a_compiled_model_is_observed() -> None:
+    batch, model = make_batch(*MIXED), tiny_vlm()
+    expected = observed(model, batch).stacked()
+    model.forward = torch.compile(model.forward, backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(observed(model, batch).stacked(), expected)
+
+
 def test_no_queries_at_all() -> None:
     batch = make_batch(Conversation(response=0))
     record = observed(tiny_vlm(), batch, queries=(Role.RESPONSE,))

@@ -28,7 +28,7 @@ def seen(base: str, mask: object, *, num_keys: int = N, **kwargs: object) -> tup
 
 
 def expected(full_BNK: Tensor, rows: Selection) -> Tensor:
-    return torch.stack([full_BNK[b][rows.index_BQ[b]] for b in range(B)])
+    return torch.stack([full_BNK[b][rows.index_BS[b]] for b in range(B)])
 
 
 def test_rows_are_gathered_and_put_back() -> None:
@@ -100,7 +100,7 @@ def test_mask_per_head_keeps_its_heads() -> None:
     mask = torch.rand(B, 2, N, N) < 0.5
     rows = Selection(WANTED)
     block = Masked(rows, mask, N)(0, rows.count, N)
-    assert block.equal(torch.stack([mask[b][:, rows.index_BQ[b]] for b in range(B)]))
+    assert block.equal(torch.stack([mask[b][:, rows.index_BS[b]] for b in range(B)]))
 
 
 def test_block_mask() -> None:

@@ -286,6 +286,6 @@ def test_the_whole_command_line_is_estimated_as_it_runs(tmp_path):
             assert 1 / 1.5 < float(row["rest_ratio"]) < 1.5
             if "QLoRA" not in case:  # whose kernel on a CPU torch's counter does not know
                 # Attention is estimated as it is recorded on a GPU, over every key; on a CPU over the groups' alone.
-                assert 0.95 < float(row["gflop_ratio"]) < 1.1
+                assert 1 < float(row["gflop_ratio"]) < 1.1
         for column in ("rest_mib", "rest_estimated_mib"):
             assert float(found[256][case][column]) < float(found[512][case][column])
