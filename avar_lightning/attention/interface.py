@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from avar_lightning.attention.decoder import LayerSpec, find_vlm, select_layers
 from avar_lightning.attention.observing import ForwardObserver
 from avar_lightning.attention.record import AttentionRecord
-from avar_lightning.attention.registry import OBSERVERS, STEERINGS, install
+from avar_lightning.attention.registry import WATCH, Watch, install
 from avar_lightning.attention.steering import ForwardSteering, Intervention, Mode
 from avar_lightning.attention.tracking import RoleTracker
 from avar_lightning.roles import Role
@@ -45,8 +45,8 @@ def observe_attention(
     The masses are exact, float32 and differentiable when the forward is; attention dropout does not enter
     them. The model's own output is untouched, during and after. The record holds the last fresh forward and
     its cached continuations, so a whole `generate`, whose new tokens count as responses (also those that pad
-    a finished sequence). Contexts nest. A compiled model runs eagerly inside, but under Flex, where nothing else
-    should be compiled. Gradient checkpointing works as long as it is not the reentrant kind.
+    a finished sequence). Contexts nest. Inside, compiled decoder layers stay compiled but for their attention, and a
+    model that is compiled as a whole runs eagerly. Gradient checkpointing works unless it is the reentrant kind.
     Under FSDP the masses' loss needs company: added to a loss of the forward's own output, whose backward gathers
     each layer's weights before the masses of that layer need them.
 
@@ -98,12 +98,13 @@ class _Observer:
         role_ids, num_past = followed
         masses = self.record.begin(role_ids, num_past, received=self.received)
         forward = ForwardObserver(masses, role_ids, num_past, self.record.queries, self.record.keys, self.layers)
-        return args, kwargs | {OBSERVERS: (*kwargs.get(OBSERVERS, ()), forward)}
+        watch = Watch.of(kwargs)
+        return args, kwargs | {WATCH: Watch((*watch.observers, forward), watch.steerings)}
 
     def after(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook of the decoder: what was asked for must have been recorded."""
-        for forward in kwargs.get(OBSERVERS, ()):
-            if forward.masses() is self.record.latest:
+        for forward in Watch.of(kwargs).observers:
+            if isinstance(forward, ForwardObserver) and forward.masses() is self.record.latest:
                 _check_reached(decoder, self.layers, forward.done, "observed")
                 self.tracker.remember(output)
 
@@ -128,7 +129,7 @@ def steer_attention(
     image tokens whose logit is negative. It holds through a whole `generate`, whose new tokens count as responses.
     Strength 0 changes nothing, bit for bit; rows of the same layer that are not steered keep their exact attention.
     Contexts nest: with `observe_attention`, which then records the steered masses, and with others on other layers.
-    A compiled model runs eagerly inside, but under Flex, where nothing else should be compiled.
+    Inside, compiled decoder layers stay compiled but for their attention, and a model compiled as a whole runs eagerly.
 
     Args:
         model: A Hugging Face VLM, or any module that holds one (PEFT, a LightningModule).
@@ -193,11 +194,12 @@ class _Steerer:
             is_generating = kwargs.get("past_key_values") is not None and not _tells_padding(mask)
             is_last_BN = _is_last(role_ids, num_past, None if is_generating else mask)
         self.latest = ForwardSteering(self.intervention, role_ids, num_past, self.layers, is_last_BN)
-        return args, kwargs | {STEERINGS: (*kwargs.get(STEERINGS, ()), self.latest)}
+        watch = Watch.of(kwargs)
+        return args, kwargs | {WATCH: Watch(watch.observers, (*watch.steerings, self.latest))}
 
     def after(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook of the decoder: what was asked for must have been steered."""
-        if self.latest is not None and self.latest in kwargs.get(STEERINGS, ()):
+        if self.latest is not None and self.latest in Watch.of(kwargs).steerings:
             _check_reached(decoder, self.layers, self.latest.done, "steered")
             self.tracker.remember(output)
 
@@ -205,13 +207,22 @@ class _Steerer:
 @contextmanager
 def _hooked(decoder: nn.Module, hooks: _Observer | _Steerer) -> Iterator[None]:
     with ExitStack() as stack:
-        # A compiled graph does not look whether hooks came or went, so inside a context the model runs eagerly; but for
-        # Flex, which without its own compilation would build the N×N matrix.
-        if not str(decoder.config._attn_implementation).endswith("flex_attention"):  # type: ignore[union-attr]
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        # A compiled graph does not look whether hooks came or went, so what holds the decoder runs eagerly inside. What
+        # it holds may be compiled: its layers, which see observers and steering among their arguments, and Flex.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.callback(decoder.register_forward_pre_hook(hooks.before, with_kwargs=True).remove)
+        stack.callback(decoder.register_forward_pre_hook(_compile_inside).remove)
+        stack.callback(decoder.register_forward_hook(_not_outside).remove)
         stack.callback(decoder.register_forward_hook(hooks.after, with_kwargs=True).remove)
         yield
+
+
+def _compile_inside(*_: Any) -> None:
+    torch.compiler.set_stance("default")
+
+
+def _not_outside(*_: Any) -> None:
+    torch.compiler.set_stance("force_eager")
 
 
 def _check_reached(decoder: nn.Module, layers: tuple[int, ...] | None, done: set[int], what: str) -> None:

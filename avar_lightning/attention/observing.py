@@ -47,7 +47,6 @@ class ForwardObserver:
             return False
         return self.layers is None or module.layer_idx in self.layers
 
-    @torch.compiler.disable
     def observe(self, call: AttentionCall, lse_BHN: Tensor | None = None) -> None:
         """Measure one layer, faster where its kernel told the log-sum-exp of its rows.
 

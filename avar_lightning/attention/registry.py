@@ -10,7 +10,7 @@ computes what the base does, bit for bit. A saved config does not name the imple
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -27,10 +27,8 @@ from avar_lightning.attention.visibility import Selection
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 PREFIX = "avar_"
-OBSERVERS = "avar_observers"
-"""Keyword argument of the decoder's forward that carries observers to its attention layers."""
-STEERINGS = "avar_steerings"
-"""The same for steering."""
+WATCH = "avar_watch"
+"""Keyword argument of the decoder's forward that carries a `Watch` to its attention layers."""
 
 UNSUPPORTED = {
     "s_aux": "attention sinks",
@@ -44,7 +42,7 @@ UNSUPPORTED = {
 
 
 class LayerObserver(Protocol):
-    """What travels in `OBSERVERS`: asked by every attention layer."""
+    """What a `Watch` observes with: asked by every attention layer."""
 
     def wants(self, module: nn.Module) -> bool:
         """Whether to observe this layer."""
@@ -54,7 +52,7 @@ class LayerObserver(Protocol):
 
 
 class LayerSteering(Protocol):
-    """What travels in `STEERINGS`: asked by every attention layer, and runs the base function itself."""
+    """What a `Watch` steers with: asked by every attention layer, and runs the base function itself."""
 
     def wants(self, module: nn.Module) -> bool:
         """Whether to steer this layer."""
@@ -66,6 +64,19 @@ class LayerSteering(Protocol):
         self, call: AttentionCall, value: Tensor, base: AttentionFunction, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         """The steered result of `base(query, key, value, **kwargs)`."""
+
+
+class Watch:
+    """What travels in `WATCH`: one object, since a compiled layer looks whether it is there, and not what it holds."""
+
+    def __init__(self, observers: Sequence[LayerObserver] = (), steerings: Sequence[LayerSteering] = ()) -> None:
+        self.observers, self.steerings = tuple(observers), tuple(steerings)
+
+    @staticmethod
+    def of(kwargs: Mapping[str, Any]) -> Watch:
+        """What travels in some keyword arguments; empty where nothing does."""
+        watch: Watch = kwargs.get(WATCH) or Watch()
+        return watch
 
 
 class AttentionCall:
@@ -150,42 +161,52 @@ def _wrapper(base: str) -> AttentionFunction:
         attention_mask: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        observers = [observer for observer in kwargs.pop(OBSERVERS, ()) if observer.wants(module)]
-        steerings = [steering for steering in kwargs.pop(STEERINGS, ()) if steering.wants(module)]
-        function = _base_function(module, base)
-        if len(steerings) > 1:
-            raise ValueError(
-                f"layer {module.layer_idx} is steered by {len(steerings)} contexts; give each layers of its own."
-            )
-        steering: LayerSteering | None = steerings[0] if steerings else None
-        if not observers and steering is None:
-            with _own_name(module, base):
-                return function(module, query, key, value, attention_mask, **kwargs)
-        call = AttentionCall(base, module, query, key, attention_mask, kwargs, steering)
-
-        def run(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-            return function(module, query, key, value, attention_mask, **kwargs)
-
+        watch = kwargs.pop(WATCH, None)
+        if watch is not None:
+            return _watched(base, watch, module, query, key, value, attention_mask, kwargs)
         with _own_name(module, base):
-            if steering is None:
-                return _observed(observers, call, value, run, kwargs)
-            for observer in observers:
-                observer.observe(call, None)
-            return steering.attend(call, value, run, kwargs)
+            return _base_function(module, base)(module, query, key, value, attention_mask, **kwargs)
 
     return attention
 
 
 @torch.compiler.disable
-def _observed(
-    observers: list[LayerObserver], call: AttentionCall, value: Tensor, base: AttentionFunction, kwargs: dict[str, Any]
+def _watched(
+    base: str,
+    watch: Watch,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    with LogSumExps() as overheard:
-        result = base(call.q_BHND, call.k_BMKD, value, **kwargs)
-    lse_BHN = overheard.of(call.q_BHND, call.k_BMKD, call.scale)
-    for observer in observers:
-        observer.observe(call, lse_BHN)
-    return result
+    """One layer's call under a watch. In a compiled layer this is all that runs eagerly."""
+    observers = [observer for observer in watch.observers if observer.wants(module)]
+    steerings = [steering for steering in watch.steerings if steering.wants(module)]
+    function = _base_function(module, base)
+    if len(steerings) > 1:
+        raise ValueError(
+            f"layer {module.layer_idx} is steered by {len(steerings)} contexts; give each layers of its own."
+        )
+
+    def run(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        return function(module, query, key, value, attention_mask, **kwargs)
+
+    with _own_name(module, base):
+        if not observers and not steerings:
+            return run(query, key, value, **kwargs)
+        call = AttentionCall(base, module, query, key, attention_mask, kwargs, steerings[0] if steerings else None)
+        if steerings:
+            for observer in observers:
+                observer.observe(call, None)
+            return steerings[0].attend(call, value, run, kwargs)
+        with LogSumExps() as overheard:
+            result = run(query, key, value, **kwargs)
+        lse_BHN = overheard.of(query, key, call.scale)
+        for observer in observers:
+            observer.observe(call, lse_BHN)
+        return result
 
 
 @contextmanager

@@ -19,7 +19,14 @@ from transformers import (
 )
 from transformers.masking_utils import sdpa_mask
 
-from avar_lightning.attention import AttentionRecord, attention_mass, find_vlm, observe_attention, observing
+from avar_lightning.attention import (
+    AttentionRecord,
+    attention_mass,
+    find_vlm,
+    observe_attention,
+    observing,
+    steer_attention,
+)
 from avar_lightning.attention.reference import eager_probabilities, mass_of_probabilities
 from avar_lightning.roles import Role
 from tests.factories import Batch, Conversation, make_batch, tiny_vlm
@@ -253,6 +260,38 @@ def test_work_is_proportional_to_the_rows_and_beside_a_fused_kernel_to_the_group
     role_ids = batch.role_ids
     grouped = ((role_ids == Role.IMAGE) | (role_ids == Role.SYSTEM)).sum(1).max().item()
     assert set(work) == {(3, grouped if attn == "sdpa" else role_ids.shape[1])}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("only", [None, [1]])
+def test_compiled_layers_stay_compiled_and_are_observed(only: list[int] | None) -> None:
+    batch, model, twin = make_batch(*MIXED), tiny_vlm(), tiny_vlm()
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    torch._dynamo.reset()
+    for layer in model.model.language_model.layers:
+        layer.compile(backend=backend)
+    counts = []
+    inputs = batch.inputs | {"use_cache": False}
+    for _ in range(4):
+        torch.testing.assert_close(model(**inputs).logits, twin(**inputs).logits)
+        record, expected = (observed(each, batch, layers=only) for each in (model, twin))
+        torch.testing.assert_close(record.stacked(), expected.stacked())
+        with observe_attention(model, batch.role_ids, layers=only) as nested, steer_attention(model, batch.role_ids):
+            steered = model(**inputs).logits
+        with steer_attention(twin, batch.role_ids):
+            torch.testing.assert_close(steered, twin(**inputs).logits)
+        assert not torch.equal(nested.stacked(), record.stacked())
+        objective(record.stacked()).backward()
+        objective(expected.stacked()).backward()
+        counts.append(len(graphs))
+    torch.testing.assert_close(gradients(model), gradients(twin))
+    assert counts[0] > 0
+    assert counts[-1] == counts[1]
 
 
 @pytest.mark.slow
