@@ -7,7 +7,9 @@ or written; answers are taken as they are or, where one repeats the key, not at 
 from __future__ import annotations
 
 import json
+import math
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping
 from email.utils import parsedate_to_datetime
@@ -16,6 +18,7 @@ from typing import Any
 import httpx2
 from tenacity import AsyncRetrying, RetryCallState, RetryError, retry_if_exception_type
 from tenacity.wait import wait_random_exponential
+from tqdm import tqdm
 
 from avar_lightning.synthesis.budget import Budget
 from avar_lightning.synthesis.config import DEMO
@@ -26,6 +29,8 @@ from avar_lightning.synthesis.wire import Trouble, prompt_estimate, read_answer
 
 FIRST_WAIT = 1.0
 """Longest wait before the second try, in seconds; it doubles with each that follows."""
+SILENCE, REMINDER = 15.0, 60.0
+"""Seconds for which a server may answer nothing before it is said, and before it is said again."""
 MAX_UNUSABLE = 6
 """Answers to one call that may come whole and hold nothing, before its sample is given up: each of them is paid."""
 _UNANSWERABLE = re.compile(
@@ -83,6 +88,8 @@ class Endpoint:
         config = stage.config
         self._secret, self._settings = Secret(config.api_key), settings_of(stage)
         self._last_answer = 0.0
+        self._silent_since: float | None = None
+        self._told = -math.inf
         self._openai = _openai()
         self._client = self._openai.AsyncOpenAI(
             base_url="http://demo.invalid/v1" if config.base_url == DEMO else config.base_url,
@@ -108,7 +115,12 @@ class Endpoint:
         """
         self._refuse_empty(key)
         begun = time.monotonic()
-        tries = AsyncRetrying(retry=retry_if_exception_type(Trouble), stop=_Patience(self.patience), wait=self._wait)
+        tries = AsyncRetrying(
+            retry=retry_if_exception_type(Trouble),
+            stop=_Patience(self.patience),
+            wait=self._wait,
+            before_sleep=self._tell_of_silence,
+        )
         try:
             async for attempt in tries:
                 with attempt:
@@ -149,7 +161,7 @@ class Endpoint:
             self.budget.failed(number, type(ended).__name__)
             raise
         self.budget.answered(number, key, answer, self._settings)
-        self._last_answer = time.monotonic()
+        self._last_answer, self._silent_since = time.monotonic(), None
         return answer
 
     async def _send(self, body: Mapping[str, Any]) -> str:
@@ -197,6 +209,19 @@ class Endpoint:
         asked = getattr(state.outcome.exception() if state.outcome else None, "wait", 0.0)
         growing = wait_random_exponential(multiplier=min(FIRST_WAIT, self.max_wait), max=self.max_wait)
         return max(asked, growing(state))
+
+    def _tell_of_silence(self, state: RetryCallState) -> None:
+        """Say on standard error that the server has answered nothing for a while, whichever call that hits."""
+        now = time.monotonic()
+        self._silent_since = now if self._silent_since is None else self._silent_since
+        if now - self._silent_since >= SILENCE and now - self._told >= REMINDER:
+            self._told = now
+            last = state.outcome.exception() if state.outcome else None
+            tqdm.write(
+                f"{self._name} has answered nothing for {now - self._silent_since:.0f} s (last: {last}); a call is tried "
+                f"for {self.patience:g} s, then the run ends and can be taken up again.",
+                file=sys.stderr,
+            )
 
     @property
     def _name(self) -> str:

@@ -61,6 +61,17 @@ def test_dates_are_waits_too():
     assert retry_after("nonsense") == 0.0
 
 
+def test_a_server_that_is_away_is_named_while_it_is(server, prepare, monkeypatch, capsys):
+    monkeypatch.setattr(client, "SILENCE", 0.05)
+    server.faults["reason"].extend([503] * 500)
+    with pytest.raises(RuntimeError, match="same command"):
+        synthesize(prepare(3, patience=0.5))
+    told = [line for line in capsys.readouterr().err.splitlines() if "has answered nothing for" in line]
+    assert len(told) == 1  # not once a call or a try
+    assert "(stage reason" in told[0]
+    assert "503" in told[0]
+
+
 def test_a_server_that_stays_away_ends_the_run(server, prepare):
     synthesize(prepare(1))
     server.faults["reason"].extend([503] * 500)
