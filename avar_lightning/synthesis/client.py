@@ -216,10 +216,10 @@ class Endpoint:
         self._silent_since = now if self._silent_since is None else self._silent_since
         if now - self._silent_since >= SILENCE and now - self._told >= REMINDER:
             self._told = now
-            last = state.outcome.exception() if state.outcome else None
+            last, seconds = state.outcome.exception() if state.outcome else None, now - self._silent_since
             tqdm.write(
-                f"{self._name} has answered nothing for {now - self._silent_since:.0f} s (last: {last}); a call is tried "
-                f"for {self.patience:g} s, then the run ends and can be taken up again.",
+                f"{self._name} has answered nothing for {seconds:.0f} s (last: {last}); a call is tried for "
+                f"{self.patience:g} s, then the run ends and can be taken up again.",
                 file=sys.stderr,
             )
 
