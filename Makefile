@@ -7,7 +7,7 @@ TORCH_INDEX ?=
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: train test test-slow families lint bench reproduce table vars sweep demo-base demo-small demo-sft clean
+.PHONY: train test test-slow families lint bench bench-gpu reproduce table vars sweep demo-base demo-small demo-sft clean
 
 train: $(READY)
 	$(PYTHON) train.py fit --config configs/avar_sft.yaml
@@ -38,6 +38,15 @@ bench: $(READY)
 	$(PYTHON) benchmarks/data_pipeline.py
 	$(PYTHON) benchmarks/lm_loss.py
 	$(PYTHON) benchmarks/doctor_estimates.py
+
+# The same questions on a CUDA GPU, in the shapes of 7B models.
+bench-gpu: $(READY)
+	$(PYTHON) benchmarks/attention_op.py --device cuda --dtype bfloat16 --lengths 1024 4096 8192 16384 32768 --images 256 1024 4096
+	$(PYTHON) benchmarks/attention_layers.py --device cuda --dtype bfloat16
+	$(PYTHON) benchmarks/sft_step.py --device cuda --dtype bfloat16 --cases medium-8-4096 7b-4-4096
+	$(PYTHON) benchmarks/vas_validation.py --device cuda --dtype bfloat16 --cases medium-8-4096 7b-4-4096
+	$(PYTHON) benchmarks/steering_overhead.py --device cuda --dtype bfloat16 --layers 8 --lengths 2048 8192
+	$(PYTHON) benchmarks/lm_loss.py --device cuda --dtype bfloat16 --lengths 4096 16384 --hidden 3584
 
 # docs/reproduction.md: 120 trainings and what is measured of them; goes on where it stopped (hours on 2 cores).
 reproduce: $(READY)
