@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from avar_lightning.attention import attention_mass
-from avar_lightning.attention.fused import LogSumExps, carry_gradient
+from avar_lightning.attention import attention_mass, kernels
+from avar_lightning.attention.fused import LogSumExps
+from avar_lightning.attention.kernels import CPU_FLASH, CUDA_FLASH, CPUFlash, carries, carry_gradient
 from avar_lightning.attention.reference import eager_mass
 from avar_lightning.attention.visibility import Causal, Masked, OnKeys, Selection
 
@@ -227,6 +230,77 @@ def test_rows_without_a_part_in_it_are_called_as_they_were() -> None:
     torch.testing.assert_close((grad * out).sum(-1) - (carried * other).sum(-1), dlse)
     assert torch.equal(carried[1:], grad[1:])
     assert torch.equal(other[1], out[1])
+
+
+class Unsound(CPUFlash):
+    """A kernel whose backward knows its output better."""
+
+    def backward(self, grad_out: Tensor, inputs: Any, out: Tensor, lse: Tensor, others: Any) -> Any:
+        """With the output itself."""
+        return super().backward(grad_out, inputs, self.forward(*inputs)[0], lse, others)
+
+
+def test_a_kernel_that_does_not_carry_the_gradient_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = tensors(torch.float32)
+    monkeypatch.setattr(kernels, "CPU_FLASH", Unsound())
+    with (
+        pytest.warns(UserWarning, match=r"on cpu in torch.float32 does not carry .* as exact"),
+        LogSumExps() as overheard,
+    ):
+        out = scaled_dot_product_attention(q, k, v, scale=0.3, enable_gqa=True)
+    assert overheard.of(q, k, 0.3) is None
+    assert torch.equal(out, scaled_dot_product_attention(q, k, v, scale=0.3, enable_gqa=True))
+
+
+def test_trying_a_kernel_draws_no_random_numbers() -> None:
+    before = torch.get_rng_state()
+    carries.__wrapped__(CPU_FLASH, torch.device("cpu"), torch.float32, 24)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_cuda_s_kernel_is_called_with_what_it_takes() -> None:
+    """As far as that can be seen without a GPU: shapes."""
+    with FakeTensorMode(), torch.device("cuda"):
+        q, grad = (torch.empty(BATCH, HEADS, LENGTH, DIM, dtype=torch.bfloat16) for _ in range(2))
+        k, v = (torch.empty(BATCH, KEY_HEADS, LENGTH, DIM, dtype=torch.bfloat16) for _ in range(2))
+        inputs = (q, k, v, None, True, 0.3)
+        out, lse, others = CUDA_FLASH.forward(*inputs)
+        assert (out.shape, lse.shape, lse.dtype) == (q.shape, q.shape[:3], torch.float32)
+        gradients = CUDA_FLASH.backward(grad, inputs, out, lse, others)
+        assert [each.shape for each in gradients] == [q.shape, k.shape, v.shape]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("width", [64, 128])
+def test_on_a_gpu(width: int, causal: bool) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = [(2, heads, 300, width) for heads in (HEADS, KEY_HEADS, KEY_HEADS, HEADS)]
+    options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
+    *inputs, weight = (torch.randn(shape, generator=generator, **options) for shape in shapes)
+    q, k, v = (each.requires_grad_() for each in inputs)
+    dlse = 0.05 * torch.randn(2, HEADS, 300, generator=generator, device="cuda")
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        plain = scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+        with LogSumExps() as overheard:
+            out = scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+    lse = overheard.of(q, k, None)
+    assert lse is not None
+    assert torch.equal(out, plain)
+    exact = [each.detach().double().requires_grad_() for each in (q, k, v)]
+    keys, values = (each.repeat_interleave(HEADS // KEY_HEADS, dim=1) for each in exact[1:])
+    logits = exact[0] @ keys.mT * width**-0.5
+    if causal:
+        logits = logits.masked_fill(torch.ones(300, 300, device="cuda").triu(1).bool(), -torch.inf)
+    exact_outputs = logits.softmax(-1) @ values, logits.logsumexp(-1)
+    torch.testing.assert_close(lse.double(), exact_outputs[1], rtol=1e-3, atol=1e-3)
+    both = torch.autograd.grad((out, lse), (q, k, v), (weight, dlse))
+    without = torch.autograd.grad(plain, (q, k, v), weight, retain_graph=True)
+    wanted = torch.autograd.grad(exact_outputs, exact, (weight.double(), dlse.double()), retain_graph=True)
+    wanted_without = torch.autograd.grad(exact_outputs[0], exact, weight.double())
+    for ours, plains, theirs, plain_theirs in zip(both, without, wanted, wanted_without, strict=True):
+        error = (ours.double() - theirs).norm() / theirs.norm()
+        assert error <= 2 * (plains.double() - plain_theirs).norm() / plain_theirs.norm()
 
 
 def test_masses_have_no_gradient_where_only_values_train() -> None:
