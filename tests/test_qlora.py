@@ -260,6 +260,7 @@ def test_sharing_4_bit_weights_is_refused(make_data):
         fit(make_module(), make_data(), 1, strategy=strategy, devices=1)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_the_same_losses_from_adapters_alone(make_data, tmp_path):
     whole, first, second = Losses(), Losses(), Losses()
     data = {"batch_size": 2}
@@ -356,6 +357,7 @@ def base_plus_adapters(module):
     return whole
 
 
+@pytest.mark.slow
 def test_merging_never_rounds_to_4_bits(exported, batch):
     module, folder = exported
     wanted = base_plus_adapters(module)

@@ -237,6 +237,7 @@ def _once(src: Path, tmp_path: Path) -> Path:
     return tmp_path / "once"
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "in"
     (folder / "pics").mkdir(parents=True)

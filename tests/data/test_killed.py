@@ -56,6 +56,7 @@ def diary(folder: Path, processes: int = 1) -> dict[int, dict[str, Any]]:
     return steps
 
 
+@pytest.mark.slow
 def test_a_killed_run_sees_every_sample_once(tmp_path: Path, shards: Callable[..., str]):
     """Also in the middle of a length group; two processes, below, go without."""
     folder = shards(SAMPLES, 7, words=lambda index: 1 + index * 5 % 11)

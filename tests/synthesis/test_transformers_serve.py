@@ -53,6 +53,7 @@ def _healthy(port):
         return False
 
 
+@pytest.mark.slow
 def test_the_three_stages_run_on_it(serving, tmp_path):
     url, model = serving
     path = write_questions(tmp_path / "in", 3)
