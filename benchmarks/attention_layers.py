@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import subjects
 import torch
-from measuring import about, as_cell, as_columns, in_process, parser_of, peak_of, synchronize, write
+from measuring import about, as_cell, in_process, in_turn, page, paired, parser_of, peak_of, write
+from subjects import Case
 from transformers import PreTrainedModel
 
 from avar_lightning.attention import observe_attention
@@ -45,50 +46,14 @@ LONGEST_EAGER = 8192
 """Beyond it eager attention is not tried: its matrices grow with the square of the length."""
 
 
-class Case(NamedTuple):
-    """What is measured."""
-
-    size: str
-    layers: int
-    length: int
-    num_image: int | None
-
-    @staticmethod
-    def of(text: str) -> Case:
-        """Read from the command line.
-
-        Raises:
-            SystemExit: It is no case.
-        """
-        size, *numbers = text.split("-")
-        if size not in subjects.SIZES or len(numbers) not in (2, 3) or not all(map(str.isdigit, numbers)):
-            known = ", ".join(subjects.SIZES)
-            raise SystemExit(f"{text!r} is no case, expected SIZE-LAYERS-LENGTH[-IMAGE] with a size of {known}.")
-        layers, length, *image = map(int, numbers)
-        return Case(size, layers, length, image[0] if image else None)
-
-    @staticmethod
-    def without_image(text: str) -> Case:
-        """Read from the command line of a benchmark whose batches hold pictures, a quarter of all tokens.
-
-        Raises:
-            SystemExit: It is no such case.
-        """
-        case = Case.of(text)
-        if case.num_image is not None:
-            raise SystemExit(f"{text!r} chooses image tokens, expected SIZE-LAYERS-LENGTH; they are a quarter here.")
-        return case
-
-    def implementations(self) -> tuple[str, ...]:
-        """Those that are measured."""
-        return IMPLEMENTATIONS if self.length <= LONGEST_EAGER else IMPLEMENTATIONS[:2]
+def implementations(case: Case) -> tuple[str, ...]:
+    """Those that are measured."""
+    return IMPLEMENTATIONS if case.length <= LONGEST_EAGER else IMPLEMENTATIONS[:2]
 
 
 def build(args: argparse.Namespace, case: Case, implementation: str) -> PreTrainedModel:
     """The model; its vision tower has no work."""
-    attention = "eager" if implementation == "eager" else "sdpa"
-    options = {"layers": case.layers, "device": args.device, "dtype": args.dtype}
-    return subjects.build(case.size, attention=attention, length=case.length, **options)
+    return case.build("eager" if implementation == "eager" else "sdpa", device=args.device, dtype=args.dtype)
 
 
 def step(model: PreTrainedModel, implementation: str, length: int, num_image: int | None = None) -> None:
@@ -122,18 +87,11 @@ def measure_memory(args: argparse.Namespace, case: Case, implementation: str) ->
 
 def measure_seconds(args: argparse.Namespace, case: Case) -> dict[str, list[float]]:
     """Seconds of every implementation in turn, `args.repeats` times, after one untimed round at a short length."""
-    models = {name: build(args, case, name) for name in case.implementations()}
-    seconds: dict[str, list[float]] = {name: [] for name in models}
+    models = {name: build(args, case, name) for name in implementations(case)}
     for name, model in models.items():
         step(model, name, WARM_UP_LENGTH)
-    for _ in range(args.repeats):
-        for name, model in models.items():
-            synchronize(args.device)
-            start = time.perf_counter()
-            step(model, name, case.length, case.num_image)
-            synchronize(args.device)
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+    works = {name: partial(step, model, name, case.length, case.num_image) for name, model in models.items()}
+    return in_turn(works, args.repeats, args.device)
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -142,37 +100,33 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     for text in args.cases:
         case = Case.of(text)
         seconds = in_process(f"{text}:seconds")
-        for name in case.implementations():
-            ratios = [mine / plain for mine, plain in zip(seconds[name], seconds["sdpa"], strict=True)]
+        for name in implementations(case):
             row = case._asdict() | {"num_image": case.num_image or case.length // 16 * 4, "implementation": name}
             row["peak_mib"] = round(in_process(f"{text}:{name}"), 1)
-            row |= as_columns("seconds", seconds[name]) | as_columns("ratio", ratios)
-            rows.append(row)
-            print(row, flush=True)
+            rows.append(row | paired(seconds, name, "sdpa"))
+            print(rows[-1], flush=True)
     return rows
 
 
 def table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
     """Markdown: memory and time of each case."""
-    lines = [
-        "# Attention masses: peak memory and time of forward + backward",
-        "",
-        ", ".join(f"{name} {value}" for name, value in settings.items()) + ".",
-        "Peaks are above the model itself; times are ratios to plain SDPA of the same round, p50 (p20 to p80). Queries "
-        "are question and response, keys the image (|V| tokens) and the system prompt (N / 16).",
-        "",
-        "| decoder | layers | N | \\|V\\| | sdpa MiB | observed MiB | eager MiB | observed time | eager time |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
     cases: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for row in rows:
         key = row["size"], row["layers"], row["length"], row["num_image"]
         cases.setdefault(key, {})[row["implementation"]] = row
+    cells = []
     for key, found in cases.items():
         peaks = [f"{found[name]['peak_mib']:.0f}" if name in found else "" for name in IMPLEMENTATIONS]
         times = [as_cell(found[name], "ratio") if name in found else "" for name in IMPLEMENTATIONS[1:]]
-        lines.append(f"| {' | '.join([*map(str, key), *peaks, *times])} |")
-    return "\n".join(lines) + "\n"
+        cells.append([*map(str, key), *peaks, *times])
+    return page(
+        "Attention masses: peak memory and time of forward + backward",
+        settings,
+        "Peaks are above the model itself; times are ratios to plain SDPA of the same round, p50 (p20 to p80). Queries "
+        "are question and response, keys the image (|V| tokens) and the system prompt (N / 16).",
+        ["decoder", "layers", "N", "\\|V\\|", "sdpa MiB", "observed MiB", "eager MiB", "observed time", "eager time"],
+        cells,
+    )
 
 
 def main() -> None:

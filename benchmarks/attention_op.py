@@ -11,18 +11,17 @@ contestant in turn in one process. Writes a CSV and a table to benchmarks/result
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from measuring import about, as_cell, as_columns, in_process, parser_of, peak_of, synchronize, write
+from measuring import about, as_cell, in_process, in_turn, page, paired, parser_of, peak_of, write
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from avar_lightning.attention import attention_mass
 from avar_lightning.attention.fused import LogSumExps
-from avar_lightning.attention.visibility import Causal, OnKeys, Selection
+from avar_lightning.attention.visibility import Causal, OnKeys, Selection, in_groups
 
 HEADS, KEY_HEADS, HEAD_DIM = 28, 4, 128
 CONTESTANTS = ("plain", "last quarter", "after the image", "eager, after the image")
@@ -61,8 +60,7 @@ def work_of(name: str, length: int, num_image: int, phase: str, args: Any) -> Ca
         lse = overheard.of(q, k, None)
         if lse is None:
             return [out, attention_mass(rows.gather(q), k, groups, visible=Causal(rows))]
-        keys = Selection(groups.any(-1))
-        of_keys = groups.take_along_dim(keys.index_BS[..., None], 1) & keys.valid_BS[..., None]
+        keys, of_keys = in_groups(groups)
         visible = OnKeys(Causal(rows), keys)
         lse_BHQ = rows.gather(lse[..., None])[..., 0]
         return [out, attention_mass(rows.gather(q), keys.gather(k), of_keys, visible=visible, lse_BHQ=lse_BHQ)]
@@ -84,18 +82,11 @@ def contestants(length: int) -> tuple[str, ...]:
 def measure_seconds(args: Any, length: int, num_image: int) -> dict[str, list[float]]:
     """Seconds of every contestant and phase in turn, after a round that warms up."""
     works = {
-        (phase, name): work_of(name, length, num_image, phase, args) for phase in PHASES for name in contestants(length)
+        f"{phase} {name}": work_of(name, length, num_image, phase, args)
+        for phase in PHASES
+        for name in contestants(length)
     }
-    seconds: dict[str, list[float]] = {" ".join(key): [] for key in works}
-    for number in range(args.repeats + 1):
-        for key, work in works.items():
-            synchronize(args.device)
-            start = time.perf_counter()
-            work()
-            synchronize(args.device)
-            if number:
-                seconds[" ".join(key)].append(time.perf_counter() - start)
-    return seconds
+    return in_turn(works, args.repeats, args.device, warm_up=1)
 
 
 def run(args: Any) -> list[dict[str, Any]]:
@@ -106,32 +97,32 @@ def run(args: Any) -> list[dict[str, Any]]:
             seconds = in_process(f"{length}:{num_image}:seconds")
             for phase in PHASES:
                 for name in contestants(length):
-                    mine, plain = (seconds[f"{phase} {each}"] for each in (name, "plain"))
                     row = {"length": length, "num_image": num_image, "phase": phase, "attention": name}
                     row["peak_mib"] = round(in_process(f"{length}:{num_image}:{phase}:{name}"), 1)
-                    ratios = [a / b for a, b in zip(mine, plain, strict=True)]
-                    rows.append(row | as_columns("seconds", mine) | as_columns("ratio", ratios))
+                    rows.append(row | paired(seconds, f"{phase} {name}", f"{phase} plain"))
                     print(rows[-1], flush=True)
     return rows
 
 
 def table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
     """Markdown: ratios to plain attention, and peaks."""
-    lines = [
-        "# The attention operation alone, with masses of key groups",
-        "",
-        ", ".join(f"{name} {value}" for name, value in settings.items()) + ".",
-        f"{HEADS} query heads, {KEY_HEADS} key heads, head {HEAD_DIM}, causal. Ratios are to plain SDPA of the same",
-        "round, p50 (p20 to p80); groups are the image (|V| tokens) and the system prompt (N / 16); rows as named.",
-        "",
-        "| N | \\|V\\| | phase | attention | seconds | ratio | peak MiB |",
-        "|---|---|---|---|---|---|---|",
+    cells = [
+        [
+            *(str(row[name]) for name in ("length", "num_image", "phase", "attention")),
+            as_cell(row, "seconds", digits=3),
+            as_cell(row, "ratio"),
+            f"{row['peak_mib']:.0f}",
+        ]
+        for row in rows
     ]
-    for row in rows:
-        cells = [str(row[name]) for name in ("length", "num_image", "phase", "attention")]
-        cells += [as_cell(row, "seconds", digits=3), as_cell(row, "ratio"), f"{row['peak_mib']:.0f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return page(
+        "The attention operation alone, with masses of key groups",
+        settings,
+        f"{HEADS} query heads, {KEY_HEADS} key heads, head {HEAD_DIM}, causal. Ratios are to plain SDPA of the same "
+        "round, p50 (p20 to p80); groups are the image (|V| tokens) and the system prompt (N / 16); rows as named.",
+        ["N", "\\|V\\|", "phase", "attention", "seconds", "ratio", "peak MiB"],
+        cells,
+    )
 
 
 def main() -> None:

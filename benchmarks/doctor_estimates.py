@@ -24,7 +24,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from measuring import about, rounded, synchronize, write
+from measuring import about, page, rounded, synchronize, write
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -242,22 +242,33 @@ def save_random_weights(folder: Path) -> None:
 
 
 def table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
-    lines = [
-        "# avar doctor's estimates beside what was measured",
-        "",
-        ", ".join(f"{name} {value}" for name, value in settings.items()) + ".",
+    return page(
+        "avar doctor's estimates beside what was measured",
+        settings,
         "Estimated over measured: weights and optimiser states, gradients, everything else at the peak, floating point "
         "operations of an update, and its seconds (at 40 % of the measured peak of products).",
-        "",
-        "| case | weights, states | gradients | rest at the peak, MiB | estimated / measured | operations | seconds |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['case']} | {row['static_ratio']:.4f} | {row['gradients_ratio']:.4f} | {row['rest_mib']} "
-        f"| {row['rest_ratio']:.2f} | {row['gflop_ratio']:.3f} | {row['seconds_ratio']:.2f} |"
-        for row in rows
-    ]
-    return "\n".join(lines) + "\n"
+        [
+            "case",
+            "weights, states",
+            "gradients",
+            "rest at the peak, MiB",
+            "estimated / measured",
+            "operations",
+            "seconds",
+        ],
+        [
+            [
+                row["case"],
+                f"{row['static_ratio']:.4f}",
+                f"{row['gradients_ratio']:.4f}",
+                str(row["rest_mib"]),
+                f"{row['rest_ratio']:.2f}",
+                f"{row['gflop_ratio']:.3f}",
+                f"{row['seconds_ratio']:.2f}",
+            ]
+            for row in rows
+        ],
+    )
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ import lightning as L
 import torch
 import trl
 from datasets import Dataset
-from measuring import about, as_cell, as_columns, write
+from measuring import about, as_cell, page, paired, write
 from trl import GRPOTrainer
 from trl.trainer.grpo_config import GRPOConfig as TRLConfig
 from turns import OurTurn, TheirTurn, Turns, take_turns
@@ -125,21 +125,24 @@ def theirs(args: argparse.Namespace, turns: Turns) -> Callable[[], None]:
 
 def table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
     """Markdown: seconds of a step, and the ratio to TRL's of the same round."""
-    lines = [
-        "# A GRPO step beside TRL's",
-        "",
-        ", ".join(f"{name} {value}" for name, value in settings.items()) + ".",
-        "Seconds of a step and their ratio to TRL's step of the same round, p50 (p20 to p80).",
-        "",
-        "| trainer | steps per second | seconds | ratio to TRL | mean length | rollout (%) | reward (%) | score (%) | "
-        "update (%) |",
-        "|---|---|---|---|---|---|---|---|---|",
+    cells = [
+        [
+            row["trainer"],
+            f"{1 / row['seconds_p50']:.2f}",
+            as_cell(row, "seconds"),
+            as_cell(row, "ratio"),
+            f"{row['mean_length']:.1f}",
+            *(str(row[f"{stage}_percent"]) for stage in STAGES),
+        ]
+        for row in rows
     ]
-    for row in rows:
-        cells = [as_cell(row, "seconds"), as_cell(row, "ratio"), f"{row['mean_length']:.1f}"]
-        cells += [str(row[f"{stage}_percent"]) for stage in STAGES]
-        lines.append(f"| {row['trainer']} | {1 / row['seconds_p50']:.2f} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return page(
+        "A GRPO step beside TRL's",
+        settings,
+        "Seconds of a step and their ratio to TRL's step of the same round, p50 (p20 to p80).",
+        ["trainer", "steps per second", "seconds", "ratio to TRL", "mean length", *(f"{name} (%)" for name in STAGES)],
+        cells,
+    )
 
 
 def main() -> None:
@@ -163,16 +166,16 @@ def main() -> None:
         "ours with VARS": ours(args, turns, "ours with VARS", VisualAttentionReward()),
     }
     take_turns(turns, work)
-    reference, rows = turns.seconds[REFERENCE][warm_up:], []
+    seconds = {name: taken[warm_up:] for name, taken in turns.seconds.items()}
+    rows = []
     for name in turns.names:
-        seconds, notes = turns.seconds[name][warm_up:], turns.notes[name][warm_up:]
-        ratios = [mine / other for mine, other in zip(seconds, reference, strict=True)]
+        notes = turns.notes[name][warm_up:]
         row = {"trainer": name, "mean_length": round(sum(each["length"] for each in notes) / len(notes), 1)}
         for stage in STAGES:  # TRL does not tell its own
             row[f"{stage}_percent"] = (
-                round(100 * sum(each[stage] for each in notes) / sum(seconds), 1) if stage in notes[0] else ""
+                round(100 * sum(each[stage] for each in notes) / sum(seconds[name]), 1) if stage in notes[0] else ""
             )
-        rows.append(row | as_columns("seconds", seconds) | as_columns("ratio", ratios))
+        rows.append(row | paired(seconds, name, REFERENCE))
         print(rows[-1], flush=True)
     names = ("prompts", "generations", "new_tokens", "micro_batch")
     settings = {name: getattr(args, name) for name in names} | about("cpu", args.threads)

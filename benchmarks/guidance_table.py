@@ -9,7 +9,6 @@ kept, so an interrupted table continues where it stopped.
 from __future__ import annotations
 
 import json
-import os
 import platform
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
@@ -17,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 from tqdm import tqdm
-from trainings import SFT_SOURCES, run_folder, table_options, train
+from trainings import SFT_SOURCES, run_folder, table_options, threads_of, train
 
 from avar_lightning.data import DemoDataModule
 from avar_lightning.report import plot_results, results_table
@@ -58,7 +57,7 @@ def main() -> None:
     jobs = [(arm, seed) for seed in options.seeds for arm in options.arms]
     if not options.collect:
         DemoDataModule().prepare_data()  # once, before the runs would race for it
-        threads = max(1, (os.cpu_count() or 1) // options.jobs)
+        threads = threads_of(options.jobs)
         with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(jobs), desc="runs") as bar:
 
             def one(job: tuple[str, int]) -> None:

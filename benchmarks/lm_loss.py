@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
+from functools import partial
 from typing import Any
 
 import torch
-from measuring import about, as_cell, as_columns, in_process, parser_of, peak_of, synchronize, write
+from measuring import about, as_cell, in_process, in_turn, page, paired, parser_of, peak_of, write
 from transformers import PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from avar_lightning.losses.liger import has_liger
@@ -71,17 +71,9 @@ def measure_memory(args: argparse.Namespace, name: str, length: int, share: floa
 def measure_seconds(args: argparse.Namespace, length: int, share: float) -> dict[str, list[float]]:
     """Seconds of every contestant in turn, `args.repeats` times."""
     model, names = build(args), contestants(args.device)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
     for name in names:
         step(args, model, name, WARM_UP_LENGTH, share)
-    for _ in range(args.repeats):
-        for name in names:
-            synchronize(args.device)
-            start = time.perf_counter()
-            step(args, model, name, length, share)
-            synchronize(args.device)
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+    return in_turn({name: partial(step, args, model, name, length, share) for name in names}, args.repeats, args.device)
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -91,31 +83,32 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         for share in args.shares:
             seconds = in_process(f"seconds:{length}:{share}")
             for name in contestants(args.device):
-                ratios = [mine / own for mine, own in zip(seconds[name], seconds["own"], strict=True)]
                 row = {"length": length, "labelled": share, "loss": name}
                 row["peak_mib"] = round(in_process(f"memory:{length}:{share}:{name}"), 1)
-                row |= as_columns("seconds", seconds[name]) | as_columns("ratio", ratios)
-                rows.append(row)
-                print(row, flush=True)
+                rows.append(row | paired(seconds, name, "own"))
+                print(rows[-1], flush=True)
     return rows
 
 
 def table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
     """Markdown: memory and time of each."""
-    lines = [
-        "# LM loss: peak memory and time of forward + backward",
-        "",
-        ", ".join(f"{name} {value}" for name, value in settings.items()) + ".",
+    return page(
+        "LM loss: peak memory and time of forward + backward",
+        settings,
         "`own` is the model's loss on all its logits. Peaks are above the model itself, and hold the gradient of the "
         "embeddings; times are ratios to `own` in the same round, p50 (p20 to p80).",
-        "",
-        "| tokens | labelled | loss | peak MiB | time |",
-        "|---|---|---|---|---|",
-    ]
-    for row in rows:
-        cells = [row["length"], f"{row['labelled']:.0%}", row["loss"], f"{row['peak_mib']:.0f}", as_cell(row, "ratio")]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines) + "\n"
+        ["tokens", "labelled", "loss", "peak MiB", "time"],
+        [
+            [
+                str(row["length"]),
+                f"{row['labelled']:.0%}",
+                row["loss"],
+                f"{row['peak_mib']:.0f}",
+                as_cell(row, "ratio"),
+            ]
+            for row in rows
+        ],
+    )
 
 
 def parse() -> argparse.Namespace:

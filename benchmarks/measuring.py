@@ -9,14 +9,17 @@ import logging
 import platform
 import subprocess
 import sys
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+
+from avar_lightning.report import markdown_table
 
 
 def quantiles(values: list[float]) -> list[float]:
@@ -34,6 +37,28 @@ def as_cell(row: dict[str, Any], name: str, digits: int = 2) -> str:
     """The same as "p50 (p20 to p80)"."""
     low, middle, high = (f"{row[f'{name}_{p}']:.{digits}f}" for p in ("p20", "p50", "p80"))
     return f"{middle} ({low} to {high})"
+
+
+def paired(seconds: dict[str, list[float]], name: str, reference: str) -> dict[str, float]:
+    """Columns of one contestant: its seconds, and their ratios to the reference's of the same rounds."""
+    ratios = [mine / other for mine, other in zip(seconds[name], seconds[reference], strict=True)]
+    return as_columns("seconds", seconds[name]) | as_columns("ratio", ratios)
+
+
+def in_turn(
+    works: Mapping[str, Callable[[], Any]], repeats: int, device: str, *, warm_up: int = 0
+) -> dict[str, list[float]]:
+    """Seconds of every work in turn, round after round; the first `warm_up` rounds are not kept."""
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for number in range(warm_up + repeats):
+        for name, work in works.items():
+            synchronize(device)
+            start = time.perf_counter()
+            work()
+            synchronize(device)
+            if number >= warm_up:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
 
 
 def rounded(value: float) -> float:
@@ -103,6 +128,14 @@ def about(device: str, threads: int) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "date": date.today().isoformat(),
     }
+
+
+def page(
+    title: str, settings: dict[str, Any], notes: str, headings: Sequence[str], rows: Iterable[Sequence[str]]
+) -> str:
+    """Markdown: under what settings, what is to be known, and a table."""
+    told = ", ".join(f"{name} {value}" for name, value in settings.items())
+    return f"# {title}\n\n{told}.\n{notes}\n\n{markdown_table(headings, rows)}\n"
 
 
 def write(path: Path, rows: list[dict[str, Any]], settings: dict[str, Any], table: str) -> None:

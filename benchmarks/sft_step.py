@@ -22,9 +22,9 @@ import lightning as L
 import subjects
 import torch
 import trl
-from attention_layers import Case
 from datasets import Dataset
-from measuring import about, as_cell, as_columns, hush, in_process, parser_of, peak_of, write
+from measuring import about, as_cell, hush, in_process, page, paired, parser_of, peak_of, write
+from subjects import Case
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from trl import SFTConfig, SFTTrainer
@@ -68,8 +68,7 @@ class EagerGuided(SFTModule):
 def model_of(args: argparse.Namespace, case: Case, name: str) -> nn.Module:
     """The same weights for every contestant."""
     attention = "eager" if name.startswith("eager") else "sdpa"
-    options = {"layers": case.layers, "device": args.device, "dtype": args.dtype}
-    return subjects.build(case.size, attention=attention, length=case.length, **options).train()
+    return case.build(attention, device=args.device, dtype=args.dtype).train()
 
 
 def ours(args: argparse.Namespace, case: Case, name: str, steps: int, *callbacks: L.Callback) -> Callable[[], Any]:
@@ -148,34 +147,30 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     for text in args.cases:
         case, seconds = Case.without_image(text), in_process(f"{text}:seconds")
         for name in CONTESTANTS:
-            ratios = [mine / plain for mine, plain in zip(seconds[name], seconds["plain"], strict=True)]
             row = {"size": case.size, "layers": case.layers, "length": case.length, "trainer": name}
             row["peak_mib"] = round(in_process(f"{text}:{name}"), 1)
-            rows.append(row | as_columns("seconds", seconds[name]) | as_columns("ratio", ratios))
+            rows.append(row | paired(seconds, name, "plain"))
             print(rows[-1], flush=True)
     return rows
 
 
 def table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
     """Markdown: seconds, ratios and peaks."""
-    lines = [
-        "# A whole SFT step",
-        "",
-        ", ".join(f"{name} {value}" for name, value in settings.items()) + ".",
-        "Ratios are to the plain step of the same round, p50 (p20 to p80). A quarter of the tokens is the image,",
-        "5 of 8 are response. Q is whose attention is guided; eager is guided as the published code does it, and logs",
-        "nothing about attention, as TRL.",
-        "",
-        "| model | layers | N | trainer | seconds | ratio to plain | peak MiB | to plain |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     for row in rows:
         case = row["size"], row["layers"], row["length"]
         plain = next(r for r in rows if (r["size"], r["layers"], r["length"]) == case and r["trainer"] == "plain")
         cells = [*map(str, case), row["trainer"], as_cell(row, "seconds"), as_cell(row, "ratio")]
-        cells += [f"{row['peak_mib']:.0f}", f"{row['peak_mib'] / plain['peak_mib']:.2f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([*cells, f"{row['peak_mib']:.0f}", f"{row['peak_mib'] / plain['peak_mib']:.2f}"])
+    return page(
+        "A whole SFT step",
+        settings,
+        "Ratios are to the plain step of the same round, p50 (p20 to p80). A quarter of the tokens is the image, 5 of "
+        "8 are response. Q is whose attention is guided; eager is guided as the published code does it, and logs "
+        "nothing about attention, as TRL.",
+        ["model", "layers", "N", "trainer", "seconds", "ratio to plain", "peak MiB", "to plain"],
+        lines,
+    )
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import subjects
 import torch
-from measuring import about, as_cell, as_columns, quantiles, rounded, synchronize, write
+from measuring import about, as_cell, as_columns, page, quantiles, rounded, synchronize, write
 from transformers import PreTrainedModel
 
 from avar_lightning import steer_attention
@@ -114,22 +114,17 @@ def main() -> None:
 def table(rows: list[dict], lengths: list[int], settings: dict) -> str:
     """Markdown: ratios to the unsteered forward of the same round."""
     found = {(row["length"], row["phase"], row["steering"]): row for row in rows}
-    lines = [
-        "# Time of a steered forward",
-        "",
-        ", ".join(f"{name} {value}" for name, value in settings.items()) + ".",
+    columns = [(phase, length) for phase in ("prefill", "decode") for length in lengths]
+    return page(
+        "Time of a steered forward",
+        settings,
         "Ratio to the unsteered forward of the same round, p50 (p20 to p80).",
-        "",
-        "| steering | " + " | ".join(f"{phase}, {n} tokens" for phase in ("prefill", "decode") for n in lengths) + " |",
-        "|---" * (1 + 2 * len(lengths)) + "|",
-    ]
-    for way in list(WAYS)[1:]:
-        cells = []
-        for phase in ("prefill", "decode"):
-            for length in lengths:
-                cells.append(as_cell(found[length, phase, way], "ratio", digits=3))
-        lines.append(f"| {way} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        ["steering", *(f"{phase}, {length} tokens" for phase, length in columns)],
+        [
+            [way, *(as_cell(found[length, phase, way], "ratio", digits=3) for phase, length in columns)]
+            for way in list(WAYS)[1:]
+        ],
+    )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -119,3 +119,42 @@ def make_batch(length: int, batch: int = 1) -> dict[str, Any]:
         "pixel_values": torch.randn(batch * patches, PATCH_WIDTH, generator=generator),
         "image_grid_thw": torch.tensor([[1, height, patches // height]] * batch),
     }
+
+
+class Case(NamedTuple):
+    """What is measured."""
+
+    size: str
+    layers: int
+    length: int
+    num_image: int | None
+
+    def build(self, attention: str, *, device: str, dtype: str) -> PreTrainedModel:
+        """The model of this case; the arguments are those of `build`."""
+        return build(self.size, attention=attention, length=self.length, layers=self.layers, device=device, dtype=dtype)
+
+    @staticmethod
+    def of(text: str) -> Case:
+        """Read from the command line.
+
+        Raises:
+            SystemExit: It is no case.
+        """
+        size, *numbers = text.split("-")
+        if size not in SIZES or len(numbers) not in (2, 3) or not all(map(str.isdigit, numbers)):
+            known = ", ".join(SIZES)
+            raise SystemExit(f"{text!r} is no case, expected SIZE-LAYERS-LENGTH[-IMAGE] with a size of {known}.")
+        layers, length, *image = map(int, numbers)
+        return Case(size, layers, length, image[0] if image else None)
+
+    @staticmethod
+    def without_image(text: str) -> Case:
+        """Read from the command line of a benchmark whose batches hold pictures, a quarter of all tokens.
+
+        Raises:
+            SystemExit: It is no such case.
+        """
+        case = Case.of(text)
+        if case.num_image is not None:
+            raise SystemExit(f"{text!r} chooses image tokens, expected SIZE-LAYERS-LENGTH; they are a quarter here.")
+        return case

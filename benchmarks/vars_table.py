@@ -9,7 +9,6 @@ Each seed has its own cold start (`configs/avar_sft.yaml` on responses of mixed 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import statistics
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 from tqdm import tqdm
-from trainings import SFT_SOURCES, run_folder, table_options, train
+from trainings import SFT_SOURCES, run_folder, table_options, threads_of, train
 
 from avar_lightning.data import DemoDataModule
 from avar_lightning.report import REWARD_COLUMNS, plot_results, results_table
@@ -100,7 +99,7 @@ def main() -> None:
         # Once, before the runs would race for them.
         DemoDataModule(style="mixed").prepare_data()
         DemoDataModule(train_hint_rate=0.25).prepare_data()
-        threads = max(1, (os.cpu_count() or 1) // options.jobs)
+        threads = threads_of(options.jobs)
         jobs = [(arm, seed) for seed in options.seeds for arm in options.arms]
         with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(options.seeds) + len(jobs), desc="runs") as bar:
 

@@ -17,8 +17,8 @@ from typing import Any
 import lightning as L
 import subjects
 import torch
-from attention_layers import Case
-from measuring import about, as_cell, as_columns, hush, in_process, parser_of, synchronize, write
+from measuring import about, as_cell, hush, in_process, page, paired, parser_of, synchronize, write
+from subjects import Case
 from torch.utils.data import DataLoader
 
 from avar_lightning import SFTModule
@@ -63,8 +63,7 @@ def batch_of(case: Case, answers: bool) -> dict[str, Any]:
 def measure(args: Any, case: Case, new_tokens: int) -> dict[str, list[float]]:
     """Seconds of every contestant in turn, after a round that warms up."""
     module = SFTModule(max_new_tokens=new_tokens)
-    options = {"layers": case.layers, "device": args.device, "dtype": args.dtype}
-    module.load = lambda: subjects.build(case.size, attention="sdpa", length=case.length, **options)
+    module.load = lambda: case.build("sdpa", device=args.device, dtype=args.dtype)
     module.configure_model()
     seconds: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
     for number in range(args.repeats + 1):
@@ -77,19 +76,17 @@ def measure(args: Any, case: Case, new_tokens: int) -> dict[str, list[float]]:
 
 def table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
     """Markdown: seconds, and ratios to the validation without of the same round."""
-    lines = [
-        "# A validation with VASCallback",
-        "",
-        ", ".join(f"{name} {value}" for name, value in settings.items()) + ".",
+    names = ("size", "layers", "length", "new_tokens", "validation")
+    return page(
+        "A validation with VASCallback",
+        settings,
         "Ratios are to the validation without it of the same round, p50 (p20 to p80).",
-        "",
-        "| model | layers | N | new tokens | validation | seconds | ratio |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        cells = [str(row[name]) for name in ("size", "layers", "length", "new_tokens", "validation")]
-        lines.append(f"| {' | '.join([*cells, as_cell(row, 'seconds'), as_cell(row, 'ratio', digits=3)])} |")
-    return "\n".join(lines) + "\n"
+        ["model", "layers", "N", "new tokens", "validation", "seconds", "ratio"],
+        [
+            [*(str(row[name]) for name in names), as_cell(row, "seconds"), as_cell(row, "ratio", digits=3)]
+            for row in rows
+        ],
+    )
 
 
 def main() -> None:
@@ -109,9 +106,8 @@ def main() -> None:
         for new_tokens in (0, NEW_TOKENS):
             case, seconds = Case.without_image(text), in_process(f"{text}:{new_tokens}")
             for name in CONTESTANTS:
-                ratios = [mine / plain for mine, plain in zip(seconds[name], seconds[CONTESTANTS[0]], strict=True)]
                 row = {"size": case.size, "layers": case.layers, "length": case.length, "new_tokens": new_tokens}
-                row |= {"validation": name} | as_columns("seconds", seconds[name]) | as_columns("ratio", ratios)
+                row |= {"validation": name} | paired(seconds, name, CONTESTANTS[0])
                 rows.append(row)
                 print(row, flush=True)
     settings = {"dtype": args.dtype, "batches": BATCHES, "repeats": args.repeats} | about(args.device, args.threads)

@@ -15,7 +15,7 @@ from avar_lightning.attention.mass import attention_mass, attention_received
 from avar_lightning.attention.record import ForwardMasses
 from avar_lightning.attention.registry import AttentionCall
 from avar_lightning.attention.tracking import mask_of, roles_of_keys
-from avar_lightning.attention.visibility import OnKeys, Selection, Visibility, visibility_of
+from avar_lightning.attention.visibility import OnKeys, Selection, Visibility, in_groups, visibility_of
 
 
 class ForwardObserver:
@@ -115,10 +115,7 @@ class ForwardObserver:
         """The keys that are in a group, and in which, (B, C, G)."""
         place = call.k_BMKD.device, call.k_BMKD.shape[2]
         if place not in self.grouped:
-            groups_BKG = self._groups_of(call)
-            keys = Selection(groups_BKG.any(-1))
-            groups_BCG = groups_BKG.take_along_dim(keys.index_BS[..., None], dim=1) & keys.valid_BS[..., None]
-            self.grouped[place] = keys, groups_BCG
+            self.grouped[place] = in_groups(self._groups_of(call))
         return self.grouped[place]
 
     def _visibility(self, call: AttentionCall, rows: Selection) -> Visibility:

@@ -70,6 +70,12 @@ class Selection:
         return full.scatter_add(2, self.index_BS[:, None, :, None].expand_as(x_BHQG), x_BHQG)
 
 
+def in_groups(groups_BKG: Tensor) -> tuple[Selection, Tensor]:
+    """The keys that are in a group, and in which they are, bool (B, C, G)."""
+    keys = Selection(groups_BKG.any(-1))
+    return keys, groups_BKG.take_along_dim(keys.index_BS[..., None], dim=1) & keys.valid_BS[..., None]
+
+
 class Everything:
     """Every row sees every one of `num_keys` keys."""
 

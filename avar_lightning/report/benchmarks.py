@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from avar_lightning.report.figure import format_number, needs_log_scale, new_figure
+from avar_lightning.report.markdown import markdown_row, markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +52,7 @@ def benchmarks_table(
     }
     cells = [_percent(own[column]) + marks[column] if column in own else "–" for column in (*columns, "average")]
     cells.append("–" if vas is None else _vas(vas) + " *" * vas_partly)
-    lines.append(_line([f"**{_escaped(name)}** (here)", *cells]))
+    lines.append(markdown_row([f"**{_escaped(name)}** (here)", *cells]))
     notes: list[str] = []
     for row in published:
         mark = ""
@@ -59,7 +60,7 @@ def benchmarks_table(
             notes.append(f"[{len(notes) + 1}] {row['model']}: {row['note']}.")
             mark = f" [{len(notes)}]"
         values = [_value(row["accuracy"].get(column)) for column in columns]
-        lines.append(_line([row["model"] + mark, *values, _value(row["average"]), _value(row["vas"])]))
+        lines.append(markdown_row([row["model"] + mark, *values, _value(row["average"]), _value(row["vas"])]))
     told = [
         "Accuracy in percent, here with its 95 % bootstrap interval. The other rows report arXiv 2603.03825, which has "
         "prompts, image sizes, lengths and a judge of its own. MMMU-Pro is the mean of its ten-option part and its "
@@ -97,7 +98,7 @@ def figures_table(results: Mapping[str, Mapping[str, Any]]) -> str:
         vas = [_vas(result["vas"][name]) for name in VAS]
         cut = f"{result['num_cut']} ({100 * result['num_cut'] / result['num_samples']:.1f} %)"
         for metric, interval in result["metrics"].items():
-            lines.append(_line([*start, metric, _percent(interval), *vas, by, cut]))
+            lines.append(markdown_row([*start, metric, _percent(interval), *vas, by, cut]))
             start, vas, by, cut = ["", ""], [""] * len(VAS), "", ""
     return "\n".join(lines)
 
@@ -112,7 +113,7 @@ def categories_table(results: Mapping[str, Mapping[str, Any]]) -> str:
             for value, part in values.items():
                 first = next(iter(part["metrics"].values()))
                 vas = [_vas(part["vas"][name]) for name in VAS]
-                lines.append(_line([_escaped(value), str(part["num_samples"]), _percent(first), *vas]))
+                lines.append(markdown_row([_escaped(value), str(part["num_samples"]), _percent(first), *vas]))
     return "\n".join(lines[1:])
 
 
@@ -161,11 +162,7 @@ def _interval(axes: Axes, row: int, interval: Any, factor: float, label: str) ->
 
 
 def _head(names: Sequence[str]) -> list[str]:
-    return [_line(names), "|" + "---|" * len(names)]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    return markdown_table(names, []).split("\n")
 
 
 def _escaped(text: str) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from avar_lightning.report.figure import as_written, format_number, new_figure
+from avar_lightning.report.markdown import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -120,8 +121,7 @@ def interventions_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     A star marks an interval that leaves out 0.
     """
     headings, *rows = table_cells(results)
-    lines = ["| " + " | ".join(cells) + " |" for cells in (headings, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(headings), *lines[1:]])
+    return markdown_table(headings, rows)
 
 
 def table_cells(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avar_lightning.report.figure import needs_log_scale, new_figure
+from avar_lightning.report.markdown import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,7 +100,7 @@ def results_table(rows: Sequence[Mapping[str, Any]], *, columns: Columns = GUIDA
     | plain | 2 | 60.0 ± 14.1 | 5.0 ± 1.4 | 75.0 |
     """
     headings = ["training", "seeds", *(heading for heading, _ in columns.values())]
-    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+    lines = []
     for row in rows:
         cells = [str(row["name"]), str(len(row["accuracy"]))]
         for key, (_, factor) in columns.items():
@@ -107,8 +108,8 @@ def results_table(rows: Sequence[Mapping[str, Any]], *, columns: Columns = GUIDA
             mean, spread = _mean_sd(values)
             style = ".1f" if mean < 10_000 else ".1e"
             cells.append(f"{mean:{style}} ± {spread:{style}}" if len(values) > 1 else f"{mean:{style}}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown_table(headings, lines)
 
 
 def _mean_sd(values: NDArray[np.float64]) -> tuple[float, float]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from avar_lightning.report import plot_results
-from benchmarks.reproduction.differences import marked, table
+from avar_lightning.report import markdown_table, plot_results
+from benchmarks.reproduction.differences import marked
 from benchmarks.reproduction.recipes import ANCHORED, GUIDED_GRPO, GUIDED_VARS, HINGE_T, PUBLISHED_U
 from benchmarks.reproduction.results import ACCURACY, VAS, VAS_ANSWERS, VAS_PUBLISHED, Model, Results
 
@@ -53,4 +53,4 @@ def write(results: Results, output: Path) -> str:
     headings = ["model", "seeds", "accuracy (%)", "this step, points", "VAS as in the paper (user, mean of ratios)",
                 "VAS of responses (ratio of means)", "this step", "VAS of own answers", "paper: accuracy",
                 "paper: VAS"]  # fmt: skip
-    return "\n\n".join([table(headings, rows), "![The steps](results/reproduction/ablation.png)"])
+    return "\n\n".join([markdown_table(headings, rows), "![The steps](results/reproduction/ablation.png)"])

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from avar_lightning.report import Point, plot_relation, plot_results
-from benchmarks.reproduction.differences import Interval, marked, table
+from avar_lightning.report import Point, markdown_table, plot_relation, plot_results
+from benchmarks.reproduction.differences import Interval, marked
 from benchmarks.reproduction.recipes import (
     ANCHORED,
     CONTROLLED,
@@ -86,7 +86,7 @@ def _arms(
     for model, gain in zip(models, gains, strict=True):
         seeds, accuracy, *others = results.row(model, ACCURACY, *columns.values())
         rows.append([model.title, seeds, accuracy, gain, *others])
-    return table(["training", "seeds", "accuracy (%)", f"against {against}, points", *columns], rows)
+    return markdown_table(["training", "seeds", "accuracy (%)", f"against {against}, points", *columns], rows)
 
 
 def _controller(results: Results) -> str:
@@ -100,7 +100,7 @@ def _controller(results: Results) -> str:
     ]
     headings = ["controller against", "its VAS of responses", "accuracy, points", "loss of references, nats"]
     _, held = results.row(CONTROLLED, VAS)
-    return f"{table(headings, rows)}\n\nVAS of responses under the controller, whose target is 4: {held}."
+    return f"{markdown_table(headings, rows)}\n\nVAS of responses under the controller, whose target is 4: {held}."
 
 
 def _gaming(results: Results, output: Path) -> str:
@@ -126,7 +126,7 @@ def _gaming(results: Results, output: Path) -> str:
         figure.savefig(output / "gaming.png", dpi=150)
     headings = ["against the same without it", "VAS of own answers (%)", "accuracy", "need of the picture, points",
                 "loss of references, nats", "attention to the system prompt (%)"]  # fmt: skip
-    return f"{table(headings, rows)}\n\n![Need of the picture against VAS](results/reproduction/gaming.png)"
+    return f"{markdown_table(headings, rows)}\n\n![Need of the picture against VAS](results/reproduction/gaming.png)"
 
 
 def _verdict(gain: Interval | None, vas: Interval) -> str:

@@ -115,9 +115,3 @@ def spread(values: Sequence[float], *, factor: float = 1.0, digits: int = 1) -> 
     style = f".{digits}f" if abs(statistics.fmean(scaled)) < 10_000 else ".1e"
     mean = f"{statistics.fmean(scaled):{style}}"
     return f"{mean} ± {statistics.stdev(scaled):{style}}" if len(scaled) > 1 else mean
-
-
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from avar_lightning.report import plot_shares_by_layer
-from benchmarks.reproduction.differences import over_seeds, table
+from avar_lightning.report import markdown_table, plot_shares_by_layer
+from benchmarks.reproduction.differences import over_seeds
 from benchmarks.reproduction.recipes import ANCHORED, HINGE_T, MULTIMODAL, TEXT_ONLY, Training
 from benchmarks.reproduction.results import ACCURACY, VAS, VAS_PUBLISHED, VAS_USER, Model, Results, title_of
 
@@ -29,8 +29,8 @@ def write(results: Results, output: Path) -> str:
         if results.of(model) and results.of(other)
     ]  # fmt: skip
     parts = [
-        table(["model", "seeds", "accuracy (%)", *(f"VAS of {name}" for name in MEASURES)], rows),
-        table(["change (%) of VAS of", *MEASURES], changes),
+        markdown_table(["model", "seeds", "accuracy (%)", *(f"VAS of {name}" for name in MEASURES)], rows),
+        markdown_table(["change (%) of VAS of", *MEASURES], changes),
     ]
     for query, words in (("user", "user tokens"), ("response", "responses")):
         groups = {title_of(model): _shares(results, model, query) for model in results.finished(NEEDS)}
@@ -49,7 +49,7 @@ def _by_layer(results: Results, query: str, words: str) -> str:
         change = 100 * (_shares(results, training, query)["image"] - base)
         rows.append([title_of(training), *(f"{over_seeds(list(layer)):+.1f}" for layer in change.T)])
     headings = [f"layer {layer}" for layer in range(len(base))]
-    return table([f"image's share of attention of {words}, change against the base (points)", *headings], rows)
+    return markdown_table([f"image's share of attention of {words}, change against the base (points)", *headings], rows)
 
 
 def _shares(results: Results, model: Model, query: str) -> dict[str, NDArray[np.float64]]:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from avar_lightning.report import Correlation, Point, pearson, plot_relation, spearman
-from benchmarks.reproduction.differences import table
+from avar_lightning.report import Correlation, Point, markdown_table, pearson, plot_relation, spearman
 from benchmarks.reproduction.recipes import (
     ANCHORED,
     DIRECT,
@@ -86,8 +85,10 @@ def write(results: Results, output: Path) -> str:
         [
             f"{checkpoints} checkpoints of {len(models)} models; a dot is the mean over seeds, its bars their range.",
             "![Accuracy against VAS](results/reproduction/relation.png)",
-            table(["VAS of", "models", "n", "Pearson r", "Pearson r with log VAS", "Spearman"], rows),
-            table(["model", "kind", "seeds", "accuracy (%)", *(f"VAS of {name}" for name in MEASURES)], by_model),
+            markdown_table(["VAS of", "models", "n", "Pearson r", "Pearson r with log VAS", "Spearman"], rows),
+            markdown_table(
+                ["model", "kind", "seeds", "accuracy (%)", *(f"VAS of {name}" for name in MEASURES)], by_model
+            ),
         ]
     )
 

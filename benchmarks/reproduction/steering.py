@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from avar_lightning.report import plot_sweep
-from benchmarks.reproduction.differences import Interval, crossed, marked, table
+from avar_lightning.report import markdown_table, plot_sweep
+from benchmarks.reproduction.differences import Interval, crossed, marked
 from benchmarks.reproduction.recipes import ANCHORED
 from benchmarks.reproduction.results import Results
 from benchmarks.reproduction.testing import MAX_NEW_TOKENS, NUM_SAMPLES, SETTINGS, result_path
@@ -128,7 +128,7 @@ def _grid(reports: list[dict[str, Any]], output: Path) -> str:
         output / "steering.png", dpi=150
     )
     headings = ["setting", "accuracy (%)", "change, points", "VAS of answers (ratio of means)"]
-    return f"{len(reports)} models, {before.shape[1]} questions.\n\n{table(headings, rows)}"
+    return f"{len(reports)} models, {before.shape[1]} questions.\n\n{markdown_table(headings, rows)}"
 
 
 def _heads(reports: list[dict[str, Any]]) -> str:
@@ -140,7 +140,7 @@ def _heads(reports: list[dict[str, Any]]) -> str:
         "chosen heads against random heads": crossed(draws, chosen),
     }
     rows = [[name, text] for name, text in zip(family, marked(list(family.values()), "+.1f"), strict=True)]
-    return table(["image 0.15, system 0.4", "accuracy, points"], rows)
+    return markdown_table(["image 0.15, system 0.4", "accuracy, points"], rows)
 
 
 def _column(reports: list[dict[str, Any]], setting: str, name: str) -> NDArray[np.float64]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from avar_lightning.data.demo import TASKS
-from benchmarks.reproduction.differences import table
+from avar_lightning.report import markdown_table
 from benchmarks.reproduction.recipes import ANCHORED, DIRECT, MIXED, MULTIMODAL, SMALL, TEXT_ONLY
 from benchmarks.reproduction.results import ACCURACY, Model, Results, percentage, title_of
 
@@ -22,4 +22,4 @@ COLUMNS = {
 def write(results: Results, output: Path) -> str:
     """Accuracy by what the note says and by kind of question."""
     rows = [[title_of(model), *results.row(model, *COLUMNS.values())] for model in results.finished(NEEDS)]
-    return table(["model", "seeds", *COLUMNS], rows)
+    return markdown_table(["model", "seeds", *COLUMNS], rows)
