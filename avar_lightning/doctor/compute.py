@@ -82,7 +82,7 @@ class Timing:
 
 def timing(shape: Shape, plan: Plan, device: Device, utilisation: float) -> Timing:
     """Estimate the time of a plan on one kind of device."""
-    mean = _of_mean_length(shape, plan)
+    mean = _of_mean_length(shape, plan, device)
     batches = plan.accumulate if plan.rollout is None else _micro_batches(plan)
     work = work_of(shape, plan, mean)
     work = Work(*(batches * value for value in vars(work).values()))
@@ -132,8 +132,7 @@ def work_of(shape: Shape, plan: Plan, rows: Rows) -> Work:
             if shape.checkpointing:
                 recompute += linear + 2 * pairs - count * _skipped(block)
         if block.kind == "language" and plan.guidance and block.index in (plan.guidance.layers or (block.index,)):
-            # Over every key, as on a GPU; beside fused attention on a CPU only those of the groups are computed.
-            recorded = 2.0 * rows.sequences * rows.guided * rows.length
+            recorded = 2.0 * rows.sequences * rows.guided * rows.recorded_keys
             narrow = recorded * block.num_heads * NUM_KEY_GROUPS
             forwards = 2 if shape.checkpointing else 1
             guidance += forwards * (recorded * block.width + narrow) + 3 * recorded * block.width + narrow
@@ -177,10 +176,10 @@ def _skipped(block: Block) -> float:
     return _forward(last)
 
 
-def _of_mean_length(shape: Shape, plan: Plan) -> Rows:
+def _of_mean_length(shape: Shape, plan: Plan, device: Device) -> Rows:
     lengths = plan.lengths
     mean = replace(plan, lengths=replace(lengths, longest=round(lengths.mean), images=round(lengths.mean_images)))
-    return Rows.of(mean, shape)
+    return Rows.of(mean, shape, device)
 
 
 def _updates_per_batch(plan: Plan) -> int:

@@ -118,7 +118,7 @@ def _moments(shape: Shape, plan: Plan, device: Device) -> dict[str, dict[str, fl
 
 def _learning(shape: Shape, plan: Plan, size: Bytes, gradients: float, device: Device) -> dict[str, dict[str, float]]:
     """Where a forward's activations are all there and no gradient is, and where it is the other way round."""
-    rows = Rows.of(plan, shape)
+    rows = Rows.of(plan, shape, device)
     kept, largest = _kept(shape, plan, size, rows)
     logits, blocks = logit_bytes(shape, plan, rows), _mass_blocks(shape, plan, rows, device)
     head = float(shape.head.fan_in * shape.head.fan_out * shape.head.trains)
@@ -156,7 +156,7 @@ def _mass_blocks(shape: Shape, plan: Plan, rows: Rows, device: Device) -> float:
     if plan.guidance is None:
         return 0.0
     heads = max((block.num_heads for block in shape.blocks_of("language")), default=0)
-    everything = 4.0 * rows.sequences * heads * rows.guided * rows.length
+    everything = 4.0 * rows.sequences * heads * rows.guided * rows.recorded_keys
     return 3.0 * min(everything, BLOCK_BYTES["cpu" if device.is_cpu else "cuda"])
 
 

@@ -60,4 +60,5 @@ def test_loss_and_gradients_are_those_of_eager_attention(family):
     assert own.keys() == reference.keys()
     assert any("visual" in name or "vision" in name for name in own), "guidance trains what sees, too"
     for name, gradient in own.items():
-        torch.testing.assert_close(gradient, reference[name], rtol=1e-6, atol=1e-9 * float(reference[name].abs().max()))
+        # Norms take float32 inside, where two sums that differ in their last digit may be rounded apart.
+        torch.testing.assert_close(gradient, reference[name], rtol=1e-6, atol=1e-6 * float(reference[name].abs().max()))
