@@ -87,8 +87,8 @@ class LogSumExps(TorchFunctionMode):
             self._calls.append((None, query.shape, key.shape, scale))
             return scaled_dot_product_attention(query, key, value, attn_mask, **options)
         query, key, value, attn_mask = cast
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
+        if attn_mask is not None:
+            attn_mask = kernel.additive(attn_mask, query.dtype)
         out, lse = _FusedAttention.apply(query, key, value, attn_mask, is_causal, scale, kernel)
         # Where only values train, masses have no gradient.
         lse = lse if query.requires_grad or key.requires_grad else lse.detach()

@@ -9,6 +9,7 @@ Shape letters: B batch, H query heads, M key heads (H = M·R), N rows, K keys, D
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from functools import cache
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
+from torch.nn.functional import pad
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 """Where numbers as small as `TINY` and as large as its inverse exist, which float16 has not."""
@@ -27,6 +29,15 @@ aten = torch.ops.aten
 
 class Kernel(ABC):
     """A fused attention, whose calls PyTorch itself makes in the same way."""
+
+    hidden = -math.inf
+    """What PyTorch adds to the logits of keys that a bool mask hides."""
+
+    def additive(self, mask_BHNK: Tensor, dtype: torch.dtype) -> Tensor:
+        """A mask as the kernel takes it: of the queries' dtype, to be added to the logits."""
+        if mask_BHNK.dtype != torch.bool:
+            return mask_BHNK
+        return torch.zeros_like(mask_BHNK, dtype=dtype).masked_fill_(~mask_BHNK, self.hidden)
 
     @abstractmethod
     def forward(
@@ -86,8 +97,81 @@ class CUDAFlash(Kernel):
         return grads
 
 
-CPU_FLASH: Kernel = CPUFlash()
-CUDA_FLASH: Kernel = CUDAFlash()
+class CUDAEfficient(Kernel):
+    """`scaled_dot_product_attention` on CUDA where it takes the memory-efficient kernel: masks, and float32."""
+
+    ALIGNMENT = 8
+    """Numbers that rows of a mask must start at whole multiples of."""
+
+    def additive(self, mask_BHNK: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `Kernel`; the first columns of a wider tensor where rows would not be aligned."""
+        mask_BHNK = super().additive(mask_BHNK, dtype)
+        *strides, last = mask_BHNK.stride()
+        if last == 1 and not any(stride % self.ALIGNMENT for stride in strides):
+            return mask_BHNK
+        num_keys = mask_BHNK.shape[-1]
+        return pad(mask_BHNK, (0, self.ALIGNMENT - num_keys % self.ALIGNMENT))[..., :num_keys]
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
+    ) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+        """See `Kernel`."""
+        out, padded_lse, *random = aten._scaled_dot_product_efficient_attention(
+            q, k, v, self._for_each_head(mask, q, k), True, 0.0, is_causal, scale=scale
+        )
+        return out, padded_lse[:, :, : q.shape[2]].clone(), (padded_lse, *random)
+
+    def backward(
+        self, grad_out: Tensor, inputs: tuple[Any, ...], out: Tensor, lse: Tensor, others: tuple[Any, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Kernel`."""
+        q, k, v, mask, is_causal, scale = inputs
+        padded_lse, *random = others
+        wanted = [True, True, True, False]
+        dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
+            *(grad_out, q, k, v, self._for_each_head(mask, q, k), out, padded_lse, *random, 0.0, wanted, is_causal),
+            scale=scale,
+        )
+        return dq, dk, dv
+
+    @staticmethod
+    def _for_each_head(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+        return mask if mask is None else mask.expand(*q.shape[:3], k.shape[2])
+
+
+class CuDNN(Kernel):
+    """`scaled_dot_product_attention` on CUDA where it takes cuDNN's: 16 bits on Hopper and Blackwell, with any mask."""
+
+    hidden = -65504.0
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
+    ) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+        """See `Kernel`."""
+        out, lse, *others, _ = aten._scaled_dot_product_cudnn_attention(
+            q, k, v, mask, True, 0.0, is_causal, False, scale=scale
+        )
+        return out, lse.squeeze(-1), tuple(others)
+
+    def backward(
+        self, grad_out: Tensor, inputs: tuple[Any, ...], out: Tensor, lse: Tensor, others: tuple[Any, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Kernel`."""
+        q, k, v, mask, is_causal, scale = inputs
+        *lengths, seed, offset = others
+        grads: tuple[Tensor, Tensor, Tensor] = aten._scaled_dot_product_cudnn_attention_backward(
+            *(grad_out, q, k, v, out, lse.unsqueeze(-1), seed, offset, mask, *lengths, 0.0, is_causal), scale=scale
+        )
+        return grads
+
+
+KERNELS: dict[tuple[str, int], Kernel] = {
+    ("cpu", SDPBackend.FLASH_ATTENTION.value): CPUFlash(),
+    ("cuda", SDPBackend.FLASH_ATTENTION.value): CUDAFlash(),
+    ("cuda", SDPBackend.EFFICIENT_ATTENTION.value): CUDAEfficient(),
+    ("cuda", SDPBackend.CUDNN_ATTENTION.value): CuDNN(),
+}
+"""By device and PyTorch's number of the backend."""
 
 
 def kernel_of(
@@ -110,12 +194,12 @@ def kernel_of(
     ):
         return None
     choice = torch._fused_sdp_choice(query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    if choice != SDPBackend.FLASH_ATTENTION.value:
+    if device == "cuda" and query.shape[-1] % 8:  # PyTorch pads such heads before it calls a kernel
         return None
-    if device == "cuda" and query.shape[-1] % 8:  # PyTorch pads such heads before it calls the kernel
+    kernel = KERNELS.get((device, choice))
+    if kernel is None or not carries(kernel, query.device, query.dtype, query.shape[-1]):
         return None
-    kernel = CPU_FLASH if device == "cpu" else CUDA_FLASH
-    return kernel if carries(kernel, query.device, query.dtype, query.shape[-1]) else None
+    return kernel
 
 
 @cache
@@ -140,7 +224,7 @@ def carries(kernel: Kernel, device: torch.device, dtype: torch.dtype, width: int
         errors = [
             float((a.double() - b).norm() / b.norm()) for a, b in zip((lse, *ours), (logits.logsumexp(-1), *exact))
         ]
-    if max(errors) < (2e-2 if dtype == torch.bfloat16 else 1e-4):
+    if max(errors) < (2e-2 if dtype == torch.bfloat16 or torch.backends.cuda.matmul.allow_tf32 else 1e-4):
         return True
     found = ", ".join(f"{error:.1e}" for error in errors)
     warnings.warn(

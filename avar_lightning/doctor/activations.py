@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from avar_lightning.doctor.hardware import Device
 from avar_lightning.doctor.plan import Plan
 from avar_lightning.doctor.shape import Block, Shape, Site
 
@@ -47,13 +46,14 @@ class Rows:
     """Keys of a sequence that these rows meet once more; at most, where only the keys of groups are needed."""
 
     @staticmethod
-    def of(plan: Plan, shape: Shape, device: Device) -> Rows:
+    def of(plan: Plan, shape: Shape) -> Rows:
         """The largest micro-batch of a plan."""
         lengths, guided, keys = plan.lengths, 0, plan.sequence
         if plan.guidance is not None:
             share = {"response": lengths.responses, "user": 1 - lengths.responses}
             guided = round(plan.sequence * min(1.0, sum(share[name] for name in plan.guidance.queries)))
-        if _tells_log_sum_exp(plan, shape, device):  # system prompt and images stand before the response
+        if shape.attention == "sdpa" and not plan.precision.startswith("16"):
+            # Its kernels tell the log-sum-exp, so only groups are met; they stand before the response.
             keys = round(plan.sequence * (1 - lengths.responses))
         images = plan.micro_batch * lengths.images
         patches = round(images * shape.vision.patches_per_token)
@@ -70,13 +70,6 @@ class Rows:
         whole = self.patches / max(self.sequences, 1)  # one picture a sequence
         window, full = shape.vision.window, shape.vision.full_layers
         return min(window, whole) if window and full is not None and block.index not in full else whole
-
-
-def _tells_log_sum_exp(plan: Plan, shape: Shape, device: Device) -> bool:
-    """Whether attention goes through a kernel of `attention.kernels`: on a GPU in bfloat16 and without a mask."""
-    is_half = plan.precision.startswith("16")
-    without_mask = plan.compute_bytes == 2 and plan.micro_batch == 1
-    return shape.attention == "sdpa" and not is_half and (device.is_cpu or without_mask)
 
 
 def in_graph(shape: Shape) -> list[bool]:

@@ -82,7 +82,7 @@ class Timing:
 
 def timing(shape: Shape, plan: Plan, device: Device, utilisation: float) -> Timing:
     """Estimate the time of a plan on one kind of device."""
-    mean = _of_mean_length(shape, plan, device)
+    mean = _of_mean_length(shape, plan)
     batches = plan.accumulate if plan.rollout is None else _micro_batches(plan)
     work = work_of(shape, plan, mean)
     work = Work(*(batches * value for value in vars(work).values()))
@@ -176,10 +176,10 @@ def _skipped(block: Block) -> float:
     return _forward(last)
 
 
-def _of_mean_length(shape: Shape, plan: Plan, device: Device) -> Rows:
+def _of_mean_length(shape: Shape, plan: Plan) -> Rows:
     lengths = plan.lengths
     mean = replace(plan, lengths=replace(lengths, longest=round(lengths.mean), images=round(lengths.mean_images)))
-    return Rows.of(mean, shape, device)
+    return Rows.of(mean, shape)
 
 
 def _updates_per_batch(plan: Plan) -> int:

@@ -118,7 +118,7 @@ def _moments(shape: Shape, plan: Plan, device: Device) -> dict[str, dict[str, fl
 
 def _learning(shape: Shape, plan: Plan, size: Bytes, gradients: float, device: Device) -> dict[str, dict[str, float]]:
     """Where a forward's activations are all there and no gradient is, and where it is the other way round."""
-    rows = Rows.of(plan, shape, device)
+    rows = Rows.of(plan, shape)
     kept, largest = _kept(shape, plan, size, rows)
     logits, blocks = logit_bytes(shape, plan, rows), _mass_blocks(shape, plan, rows, device)
     head = float(shape.head.fan_in * shape.head.fan_out * shape.head.trains)

@@ -7,13 +7,21 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from avar_lightning.attention import attention_mass, kernels
+from avar_lightning.attention import attention_mass
 from avar_lightning.attention.fused import LogSumExps
-from avar_lightning.attention.kernels import CPU_FLASH, CUDA_FLASH, CPUFlash, carries, carry_gradient
+from avar_lightning.attention.kernels import (
+    KERNELS,
+    CPUFlash,
+    CUDAEfficient,
+    CUDAFlash,
+    CuDNN,
+    Kernel,
+    carries,
+    carry_gradient,
+)
 from avar_lightning.attention.reference import eager_mass
 from avar_lightning.attention.visibility import Causal, Masked, OnKeys, Selection
 
@@ -242,7 +250,7 @@ class Unsound(CPUFlash):
 
 def test_a_kernel_that_does_not_carry_the_gradient_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = tensors(torch.float32)
-    monkeypatch.setattr(kernels, "CPU_FLASH", Unsound())
+    monkeypatch.setitem(KERNELS, ("cpu", SDPBackend.FLASH_ATTENTION.value), Unsound())
     with (
         pytest.warns(UserWarning, match=r"on cpu in torch.float32 does not carry .* as exact"),
         LogSumExps() as overheard,
@@ -254,44 +262,73 @@ def test_a_kernel_that_does_not_carry_the_gradient_is_found_out(monkeypatch: pyt
 
 def test_trying_a_kernel_draws_no_random_numbers() -> None:
     before = torch.get_rng_state()
-    carries.__wrapped__(CPU_FLASH, torch.device("cpu"), torch.float32, 24)
+    carries.__wrapped__(CPUFlash(), torch.device("cpu"), torch.float32, 24)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_cuda_s_kernel_is_called_with_what_it_takes() -> None:
+@pytest.mark.parametrize("kernel", [CUDAFlash(), CUDAEfficient(), CuDNN()], ids=lambda kernel: type(kernel).__name__)
+@pytest.mark.parametrize("masked", [False, True])
+def test_cuda_s_kernels_are_called_with_what_they_take(kernel: Kernel, masked: bool) -> None:
     """As far as that can be seen without a GPU: shapes."""
-    with FakeTensorMode(), torch.device("cuda"):
+    if masked and isinstance(kernel, CUDAFlash):
+        pytest.skip("it takes no mask")
+    with torch.device("meta"):
         q, grad = (torch.empty(BATCH, HEADS, LENGTH, DIM, dtype=torch.bfloat16) for _ in range(2))
-        k, v = (torch.empty(BATCH, KEY_HEADS, LENGTH, DIM, dtype=torch.bfloat16) for _ in range(2))
-        inputs = (q, k, v, None, True, 0.3)
-        out, lse, others = CUDA_FLASH.forward(*inputs)
+        key_heads = HEADS if isinstance(kernel, CUDAEfficient) else KEY_HEADS
+        k, v = (torch.empty(BATCH, key_heads, LENGTH, DIM, dtype=torch.bfloat16) for _ in range(2))
+        mask = kernel.additive(torch.empty(BATCH, 1, LENGTH, LENGTH, dtype=torch.bool), q.dtype) if masked else None
+        inputs = (q, k, v, mask, not masked, 0.3)
+        out, lse, others = kernel.forward(*inputs)
         assert (out.shape, lse.shape, lse.dtype) == (q.shape, q.shape[:3], torch.float32)
-        gradients = CUDA_FLASH.backward(grad, inputs, out, lse, others)
+        gradients = kernel.backward(grad, inputs, out, lse, others)
         assert [each.shape for each in gradients] == [q.shape, k.shape, v.shape]
 
 
+@pytest.mark.parametrize("num_keys", [32, 37, 40])
+def test_rows_of_masks_are_aligned_for_the_memory_efficient_kernel(num_keys: int) -> None:
+    seen = torch.rand(2, 1, 5, num_keys, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask = CUDAEfficient().additive(seen, torch.bfloat16)
+    assert torch.equal(mask, torch.where(seen, 0.0, -torch.inf).bfloat16())
+    assert mask.stride(-1) == 1
+    assert mask.stride(-2) % 8 == 0
+
+
+CUDA_KERNELS = {
+    SDPBackend.FLASH_ATTENTION: (torch.bfloat16,),
+    SDPBackend.EFFICIENT_ATTENTION: (torch.bfloat16, torch.float32),
+    SDPBackend.CUDNN_ATTENTION: (torch.bfloat16,),
+}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kind", ["everything", "causal", "mask"])
 @pytest.mark.parametrize("width", [64, 128])
-def test_on_a_gpu(width: int, causal: bool) -> None:
+@pytest.mark.parametrize(("backend", "dtype"), [(key, each) for key, dtypes in CUDA_KERNELS.items() for each in dtypes])
+def test_on_a_gpu(backend: SDPBackend, dtype: torch.dtype, width: int, kind: str) -> None:
+    if kind == "mask" and backend == SDPBackend.FLASH_ATTENTION:
+        pytest.skip("it takes no mask")
+    length, key_heads = 300, HEADS if backend == SDPBackend.EFFICIENT_ATTENTION else KEY_HEADS
     generator = torch.Generator("cuda").manual_seed(0)
-    shapes = [(2, heads, 300, width) for heads in (HEADS, KEY_HEADS, KEY_HEADS, HEADS)]
-    options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
-    *inputs, weight = (torch.randn(shape, generator=generator, **options) for shape in shapes)
+    shapes = [(2, heads, length, width) for heads in (HEADS, key_heads, key_heads, HEADS)]
+    *inputs, weight = (torch.randn(shape, generator=generator, device="cuda", dtype=dtype) for shape in shapes)
     q, k, v = (each.requires_grad_() for each in inputs)
-    dlse = 0.05 * torch.randn(2, HEADS, 300, generator=generator, device="cuda")
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        plain = scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+    dlse = 0.05 * torch.randn(2, HEADS, length, generator=generator, device="cuda")
+    seen = torch.rand(2, 1, length, length, generator=generator, device="cuda") < 0.6
+    options: dict[str, Any] = {"attn_mask": seen if kind == "mask" else None, "is_causal": kind == "causal"}
+    with sdpa_kernel(backend):
+        plain = scaled_dot_product_attention(q, k, v, **options, enable_gqa=key_heads != HEADS)
         with LogSumExps() as overheard:
-            out = scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+            out = scaled_dot_product_attention(q, k, v, **options, enable_gqa=key_heads != HEADS)
     lse = overheard.of(q, k, None)
     assert lse is not None
     assert torch.equal(out, plain)
     exact = [each.detach().double().requires_grad_() for each in (q, k, v)]
-    keys, values = (each.repeat_interleave(HEADS // KEY_HEADS, dim=1) for each in exact[1:])
+    keys, values = (each.repeat_interleave(HEADS // key_heads, dim=1) for each in exact[1:])
     logits = exact[0] @ keys.mT * width**-0.5
-    if causal:
-        logits = logits.masked_fill(torch.ones(300, 300, device="cuda").triu(1).bool(), -torch.inf)
+    if kind == "causal":
+        logits = logits.masked_fill(torch.ones(length, length, device="cuda").triu(1).bool(), -torch.inf)
+    elif kind == "mask":
+        logits = logits.masked_fill(~seen, -torch.inf)
     exact_outputs = logits.softmax(-1) @ values, logits.logsumexp(-1)
     torch.testing.assert_close(lse.double(), exact_outputs[1], rtol=1e-3, atol=1e-3)
     both = torch.autograd.grad((out, lse), (q, k, v), (weight, dlse))
