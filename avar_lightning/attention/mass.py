@@ -253,11 +253,13 @@ class _Block:
         self.visible, self.scale, self.softcap, self.change = visible, scale, softcap, change
         self.k_BMKD = k_BMKD[:, :, : self.num_keys]
         self.stacked = (batch, k_BMKD.shape[1], num_heads // k_BMKD.shape[1] * num_rows)
-        self.q_BMQD = (q_BHQD.to(k_BMKD.dtype) * scale).reshape(*self.stacked, head_dim)
+        # Scaled at once, but in bfloat16, where that would round.
+        now, self.scale_of_products = (1.0, scale) if k_BMKD.dtype == torch.bfloat16 else (scale, 1.0)
+        self.q_BMQD = (q_BHQD.to(k_BMKD.dtype) * now).reshape(*self.stacked, head_dim)
 
     def logits(self, *, with_slope: bool = False) -> tuple[Tensor, Tensor | None]:
         """Masked logits (B, H, Q, K) and their derivative by the plain ones, None for 1 or unasked."""
-        logits_BHQK = (self.q_BMQD @ self.k_BMKD.mT).view(*self.shape, self.num_keys)
+        logits_BHQK = _product(self.q_BMQD, self.k_BMKD.mT, self.scale_of_products).view(*self.shape, self.num_keys)
         slope_BHQK = None
         if self.softcap is not None:
             logits_BHQK.div_(self.softcap).tanh_()
@@ -282,11 +284,11 @@ class _Block:
     def grad_queries(self, dlogits_BHQK: Tensor) -> Tensor:
         """Gradient of the block's queries (B, H, Q, D)."""
         dlogits_BMQK = dlogits_BHQK.view(*self.stacked, self.num_keys)
-        return (dlogits_BMQK @ self.k_BMKD).mul_(self.scale).view(*self.shape, -1)
+        return _product(dlogits_BMQK, self.k_BMKD, self.scale).view(*self.shape, -1)
 
     def grad_keys(self, dlogits_BHQK: Tensor) -> Tensor:
         """The block's part of the gradient of its keys (B, M, num_keys, D)."""
-        return dlogits_BHQK.view(*self.stacked, self.num_keys).mT @ self.q_BMQD
+        return _product(dlogits_BHQK.view(*self.stacked, self.num_keys).mT, self.q_BMQD, self.scale_of_products)
 
 
 def _blocks(
@@ -298,8 +300,8 @@ def _blocks(
     change: Change | None,
 ) -> Iterator[_Block]:
     batch, num_heads, num_rows, _ = q_BHQD.shape
-    k_BMKD = k_BMKD.to(_compute_dtype(q_BHQD))
-    row_bytes = batch * num_heads * k_BMKD.shape[2] * k_BMKD.element_size()
+    k_BMKD = k_BMKD.to(_factor_dtype(q_BHQD, k_BMKD))
+    row_bytes = batch * num_heads * k_BMKD.shape[2] * _compute_dtype(q_BHQD).itemsize
     block_bytes = CPU_BLOCK_BYTES if q_BHQD.device.type == "cpu" else BLOCK_BYTES
     step = max(1, block_bytes // max(1, row_bytes))
     for start in range(0, num_rows, step):
@@ -316,6 +318,22 @@ def _softmax_(logits_BHQK: Tensor) -> Tensor:
     total.masked_fill_(total == 0.0, 1.0)
     logits_BHQK.div_(total)
     return (top + total.log()).squeeze(-1)
+
+
+def _product(left: Tensor, right: Tensor, factor: float) -> Tensor:
+    """`factor` · `left` @ `right`, summed in float32 (float64)."""
+    if right.dtype == torch.bfloat16:
+        flat = left.to(right.dtype).flatten(0, -3), right.flatten(0, -3)
+        product = torch.bmm(*flat, out_dtype=torch.float32).view(*left.shape[:-1], right.shape[-1])
+    else:
+        product = left @ right
+    return product if factor == 1.0 else product.mul_(factor)
+
+
+def _factor_dtype(q_BHQD: Tensor, k_BMKD: Tensor) -> torch.dtype:
+    """Of what is multiplied: on CUDA bfloat16 as it is, whose products are exact there, and as fast as attention's."""
+    on_tensor_cores = q_BHQD.is_cuda and q_BHQD.dtype == k_BMKD.dtype == torch.bfloat16
+    return torch.bfloat16 if on_tensor_cores else _compute_dtype(q_BHQD)
 
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:

@@ -120,6 +120,45 @@ def test_low_precision_inputs_give_float32_masses(dtype: torch.dtype) -> None:
     torch.testing.assert_close(dk, exact_dk.to(dtype))
 
 
+def bmm_on_tensor_cores(left: Tensor, right: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+    """`torch.bmm` with wider sums of 16-bit factors, which a CPU has not."""
+    assert left.dtype == right.dtype == torch.bfloat16
+    return left.to(out_dtype) @ right.to(out_dtype)
+
+
+@pytest.mark.usefixtures("block_rows")
+def test_products_of_bfloat16_factors_round_gradients_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mass, "_factor_dtype", lambda q, k: torch.bfloat16)
+    q, k, groups = tensors(torch.bfloat16)
+    monkeypatch.setattr(torch, "bmm", bmm_on_tensor_cores)
+    ours = attention_mass(q, k, groups, visible=Causal(all_rows()), scale=0.3)
+    gradients = torch.autograd.grad(ours.square().sum(), (q, k))
+    exact_inputs = [each.detach().double().requires_grad_() for each in (q, k)]
+    exact = eager_mass(*exact_inputs, groups, triangle(), scale=0.3)
+    torch.testing.assert_close(ours, exact.float(), rtol=1e-5, atol=1e-6)
+    for mine, theirs in zip(gradients, torch.autograd.grad(exact.square().sum(), exact_inputs), strict=True):
+        assert (mine.double() - theirs).norm() / theirs.norm() < 2**-8
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [64, 128])
+def test_bfloat16_on_a_gpu(width: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = [(BATCH, heads, 300, width) for heads in (HEADS, KEY_HEADS)]
+    q, k = (
+        torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        for shape in shapes
+    )
+    groups = torch.rand(BATCH, 300, 2, generator=generator, device="cuda") < 0.4
+    ours = attention_mass(q, k, groups, visible=Causal(Selection(torch.ones(BATCH, 300, dtype=torch.bool).cuda())))
+    gradients = torch.autograd.grad(ours.square().sum(), (q, k))
+    exact_inputs = [each.detach().double().requires_grad_() for each in (q, k)]
+    exact = eager_mass(*exact_inputs, groups, triangle(300).cuda())
+    torch.testing.assert_close(ours, exact.float(), rtol=1e-4, atol=1e-5)
+    for mine, theirs in zip(gradients, torch.autograd.grad(exact.square().sum(), exact_inputs), strict=True):
+        assert (mine.double() - theirs).norm() / theirs.norm() < 2**-7
+
+
 def test_second_derivative_is_refused() -> None:
     q, k, groups = tensors()
     grad = torch.autograd.grad(
