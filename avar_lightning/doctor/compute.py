@@ -27,7 +27,7 @@ class Work:
         forward: Of layers and head, recomputation not included.
         backward: The same.
         recompute: Forwards that are done a second time.
-        guidance: Of recorded attention, always in float32.
+        guidance: Of recorded attention.
         rollout: Of sampling and of passes without gradients.
     """
 
@@ -50,7 +50,7 @@ class Timing:
     Attributes:
         work: Operations of one process.
         compute: Seconds of products in the computation's dtype.
-        guidance: Seconds of recorded attention in float32.
+        guidance: Seconds of recorded attention, whose products are float32 but for bfloat16 on a GPU.
         decoding: Seconds of sampling, one token after the other.
         peak: Operations a second that the device could do.
         utilisation: Share of them that is assumed.
@@ -93,11 +93,12 @@ def timing(shape: Shape, plan: Plan, device: Device, utilisation: float) -> Timi
     narrow = plan.compute_bytes == 2 and device.bf16 is not None
     peak = device.bf16 if narrow and device.bf16 else device.fp32
     dense = work.total - work.guidance
+    in_float32 = device.is_cpu or plan.precision.startswith("16")
     length = plan.lengths.mean + (plan.rollout.new_tokens if plan.rollout else 0)
     return Timing(
         work,
         dense / (peak * utilisation),
-        work.guidance / (device.fp32 * utilisation),
+        work.guidance / ((device.fp32 if in_float32 else peak) * utilisation),
         decoding,
         peak,
         utilisation,

@@ -101,7 +101,7 @@ def assumptions(shape: Shape, plan: Plan, device: Device, timing: Timing) -> lis
         nccl = f" and NCCL's {NCCL_BUFFERS / GIB:.1f}" if plan.world_size > 1 else ""
         found.append(f"beside tensors: CUDA's {CUDA_CONTEXT / GIB:.1f}{nccl} GiB")
     if plan.guidance:
-        found.append(f"guidance: {timing.work.guidance / timing.work.total:.1%} of all operations, in float32")
+        found.append(f"guidance: {timing.work.guidance / timing.work.total:.1%} of all operations")
     if timing.exchanged:
         found.append(
             f"communication: hidden behind products, for which {timing.exchanged / 1e9:.1f} GB in and out of each "
