@@ -23,9 +23,10 @@ RESOLVED_LATER = ("last", "best", "hpc")  # names that Lightning gives to checkp
 SUMMARY_ROWS = (
     ("mean reward", "reward/total", "{:.3f}"),
     ("accuracy", "val/accuracy", "{:.3f}"),
-    ("VAS of user tokens", "val/vas", "{:.3g}"),
-    ("VAS of responses", "val/vas_response", "{:.3g}"),
-    ("  as ratio of means", "val/vas_ratio_of_means_response", "{:.2f}"),
+    ("VAS of user tokens", "val/vas_ratio_of_means", "{:.3g}"),
+    ("  mean of ratios", "val/vas", "{:.3g}"),
+    ("VAS of responses", "val/vas_ratio_of_means_response", "{:.3g}"),
+    ("  mean of ratios", "val/vas_response", "{:.3g}"),
     ("image share, responses", "val/image_share_response", "{:.3f}"),
     ("LM loss", "val/loss", "{:.3f}"),
 )
@@ -110,15 +111,16 @@ def summary_table(
     """A short table: each measured value before and after training, and where things are."""
     lines = ["", f"{'':<26}{'before':>10}{'after':>10}", "─" * 46]
     for label, name, form in SUMMARY_ROWS:
-        if name in after:
-            start = form.format(before[name]) if name in before else "–"
-            lines.append(f"{label:<26}{start:>10}{form.format(after[name]):>10}")
-    checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "") or "none"
+        if name in before or name in after:
+            start, end = (form.format(found[name]) if name in found else "–" for found in (before, after))
+            lines.append(f"{label:<26}{start:>10}{end:>10}")
+    lines += ["─" * 46, f"steps        {trainer.global_step} in {seconds:.0f} s"]
+    if getattr(trainer, "fast_dev_run", False):
+        return "\n".join([*lines, "kept         nothing (fast_dev_run)"])
+    saved = (getattr(trainer.checkpoint_callback, f"{which}_model_path", "") for which in ("best", "last"))
     lines += [
-        "─" * 46,
-        f"steps        {trainer.global_step} in {seconds:.0f} s",
         f"model        {f'{exported} (Hugging Face format)' if exported else f'avar export {trainer.log_dir} DST'}",
-        f"checkpoint   {checkpoint}",
+        f"checkpoint   {next(filter(None, saved), 'none')}",
         f"TensorBoard  tensorboard --logdir {trainer.log_dir}",
     ]
     return "\n".join(lines)
@@ -136,7 +138,7 @@ def command_line(args: list[str] | None = None, *, kind: type[AvarCLI] = AvarCLI
         save_config_kwargs={"overwrite": True},
         auto_configure_optimizers=False,
         parser_class=AvarArgumentParser,
-        parser_kwargs={"prog": "train.py"},  # `avar doctor` reads its command lines too
+        parser_kwargs={"prog": "train.py", "allow_abbrev": False},  # `avar doctor` reads its command lines too
         args=args,
     )
 

@@ -35,14 +35,18 @@ def resolve_pretrained(pretrained: str | Path) -> str:
     name = str(pretrained)
     if name in SHIPPED:
         return str(SHIPPED[name])
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     folder = Path(name).expanduser()
-    if looks_like_path and not (folder / "config.json").is_file():
+    if looks_like_path(name) and not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"No model at {name!r}: expected a folder with a config.json (or a hub name like "
-            f"'Qwen/Qwen2.5-VL-7B-Instruct', or one that ships: {', '.join(SHIPPED)}); check the path."
+            f"No model at {name!r}: expected a folder with a config.json, or a hub name like "
+            f"'Qwen/Qwen2.5-VL-7B-Instruct', or one that ships ({', '.join(SHIPPED)}); check the path."
         )
     return str(folder) if folder.is_dir() else name
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a model's name can be no name on the hub."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 @cache

@@ -15,6 +15,7 @@ from avar_lightning.cli import AvarCLI, main
 CONFIGS = Path(__file__).parents[1] / "configs"
 BASE = str(CONFIGS / "avar_sft.yaml")
 ON_ONE_CPU = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto", "--trainer.precision=32"]
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 BLANK_DEMO = ["--model.init_args.vlm.pretrained=demo", "--model.init_args.vlm.from_scratch=true"]
 
 
@@ -184,7 +185,7 @@ def test_unknown_key_in_a_config_is_named(tmp_path, capsys, written, words):
 @pytest.mark.parametrize(
     ("override", "status", "words"),
     [
-        ("--model.guidance.form=strong", 2, "model.guidance.form: Expected a typing.Literal"),
+        ("--model.guidance.form=strong", 2, "model.guidance.form: Expected one of 'none', 'published'"),
         ("--model.guidance.target=3", 1, "guidance.target=3.0 is no share"),
         ("--model.vlm.pretrained=./nowhere", 1, "No model at './nowhere'"),
         ("--model.guidance.layers=[9]", 1, "9"),
@@ -192,6 +193,28 @@ def test_unknown_key_in_a_config_is_named(tmp_path, capsys, written, words):
 )
 def test_meaningless_values_are_named(tmp_path, capsys, override, status, words):
     assert words in refused(capsys, [*options(tmp_path), override], status)
+
+
+@pytest.mark.parametrize(
+    ("option", "status", "words"),
+    [
+        ("--trainer.strategy=fsdp3", 1, "strategy='fsdp3'"),
+        pytest.param("--trainer.accelerator=gpu", 1, "No supported gpu", marks=WITHOUT_GPU),
+        ("--trainer.max_step=3", 2, "max_step"),
+    ],
+)
+def test_what_the_trainer_does_not_take_is_named(tmp_path, capsys, option, status, words):
+    assert words in refused(capsys, [*options(tmp_path), option], status)
+
+
+def test_trying_says_that_nothing_is_kept(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("avar_lightning.cli.rank_zero_info", said.append)
+    monkeypatch.chdir(tmp_path)
+    assert main([*options(tmp_path), "--trainer.fast_dev_run=true"]) == 0
+    assert said[-1].endswith("kept         nothing (fast_dev_run)")
+    assert "None" not in said[-1]
+    assert {path.name for path in tmp_path.iterdir()} == {"data"}
 
 
 def test_missing_shards_are_named(tmp_path, capsys):

@@ -150,11 +150,11 @@ class ShardDataModule(L.LightningDataModule):
             counts = self.counts[name]
             if counts["bad"] or counts["too_long"]:
                 rank_zero_warn(
-                    f"{name} data: of {counts['seen']} samples read on this rank {counts['bad']} were bad "
+                    f"{name} data: of {counts['seen']} samples read in this process {counts['bad']} were bad "
                     f"and skipped, {counts['too_long']} longer than max_length={self.max_length} and dropped"
                 )
             else:
-                rank_zero_info(f"{name} data: {counts['seen']} samples read on this rank, none left out")
+                rank_zero_info(f"{name} data: {counts['seen']} samples read in this process, none left out")
             self._loaders[name].close()
         self._loaders = {}
 

@@ -20,8 +20,8 @@ MEASURES = {
 }
 
 CITATION = """@inproceedings{luo2026avar,
-  title         = {Attention-Guided Visual Anchoring and Reflection},
-  author        = {Luo and others},
+  title         = {From Narrow to Panoramic Vision: Attention-Guided Cold-Start Reshapes Multimodal Reasoning},
+  author        = {Luo, Ruilin and others},
   booktitle     = {International Conference on Learning Representations},
   year          = {2026},
   eprint        = {2603.03825},
@@ -139,6 +139,7 @@ def _usage(base: str, adapters: bool) -> str:
         )
         serve = "`vllm serve DIRECTORY` or `transformers serve DIRECTORY`."
     return (
-        f'## Use\n\n```python\n{load}\nprocessor = AutoProcessor.from_pretrained("DIRECTORY")\n```\n\n{serve} The '
-        "system prompt of the training data belongs to the model: give the same one."
+        f'## Use\n\n```python\n{load}\nprocessor = AutoProcessor.from_pretrained("DIRECTORY")\n```\n\n{serve} '
+        "Processors of families that also read videos need torchvision. The system prompt of the training data belongs "
+        "to the model: give the same one."
     )

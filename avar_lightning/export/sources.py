@@ -27,7 +27,7 @@ from avar_lightning.checkpoints import (
 )
 from avar_lightning.merging import merge_adapters
 from avar_lightning.model import VLMConfig, load_model
-from avar_lightning.processing import load_processor, resolve_pretrained
+from avar_lightning.processing import load_processor, looks_like_path, resolve_pretrained
 
 PREFIX = "model."  # of the model's weights in the training module
 
@@ -160,7 +160,8 @@ def _of_adapters(folder: Path) -> Source:
 
 
 def _of_hugging_face(path: str, folder: Path) -> Source:
-    if folder.is_file() or (folder.is_dir() and not (folder / "config.json").is_file()):
+    is_no_model = folder.exists() and not (folder / "config.json").is_file()
+    if is_no_model or (looks_like_path(path) and not folder.exists()):
         raise ValueError(
             f"{path!r} is nothing that can be exported, expected a .ckpt, a folder of FSDP, a run with a folder "
             "checkpoints, or a folder of Hugging Face or PEFT; check the path."

@@ -34,6 +34,7 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
+    "axes.formatter.limits": (-3, 4),
     "figure.facecolor": "white",
 }
 

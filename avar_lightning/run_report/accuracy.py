@@ -37,7 +37,9 @@ def accuracy_part(runs: Sequence[Run], accuracy: str) -> Part:
         if sum(math.isfinite(point.x) for point in points) >= 3:
             figure = plot_relation(points, x=heading, y=label, connect=len(groups_of(runs)) == len(runs))
             last = _of_last(runs, accuracy, query, reduction)
-            caption = f"{len(points)} checkpoints of {len(runs)} runs, from vas/step_*.json.{last}"
+            caption = (
+                f"{len(points)} checkpoints of {len(runs)} run{'s' * (len(runs) != 1)}, from vas/step_*.json.{last}"
+            )
             part.add(f"relation_{query}_{reduction}", figure, alt=f"Scatter of {heading}, {label}.", caption=caption)
     part.notes.append(
         "Checkpoints of one run, and runs from one base, are not independent, so that intervals over them are too "

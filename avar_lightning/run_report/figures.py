@@ -73,7 +73,9 @@ def facts(run: Run) -> Iterator[tuple[str, str]]:
     guidance, visual = _arguments(model, "guidance"), _arguments(model, "visual")
     if guidance.get("form"):
         layers = guidance.get("layers") or "all"
-        found["guidance"] = f"{guidance['form']}, queries {guidance.get('queries')}, layers {layers}"
+        found["guidance"] = (
+            f"{guidance['form']}, queries {' and '.join(guidance.get('queries') or ())}, layers {layers}"
+        )
     if visual.get("transform"):
         found["visual reward"] = f"{visual['transform']}, weight {visual.get('weight')}"
     if run.measured:

@@ -44,13 +44,14 @@ class Watch(L.Callback):
             self.seen.append(step_of(self.last))
 
 
-def train(folder, kind, *, steps=6, resume=None, **options):
-    saving = Checkpoint(folder, "{step}", every_n_train_steps=1, save_last="link", **options)
+def train(folder, kind, *, steps=6, every=1, resume=None, fast_dev_run=False, **options):
+    saving = Checkpoint(folder, "{step}", every_n_train_steps=every, save_last="link", **options)
     watch = Watch(folder)
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=steps,
         limit_val_batches=0,
+        fast_dev_run=fast_dev_run,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -84,6 +85,20 @@ def test_a_run_that_goes_on_from_its_first_checkpoint_keeps_the_name(tmp_path):
     assert train(tmp_path, "file", resume=tmp_path / "last.ckpt", **OPTIONS["newest"]) == [1, 2, 3, 4, 5]
     assert step_of(tmp_path / "last.ckpt") == 6
     assert {path.name for path in tmp_path.iterdir()} == {"last.ckpt", "step=6.ckpt"}
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize(("every", "kept"), [(4, {4}), (9, set())])
+def test_what_training_ended_with_is_kept_though_nothing_was_due(tmp_path, kind, every, kept):
+    train(tmp_path, kind, every=every, **OPTIONS["newest"])
+    assert step_of(tmp_path / "last.ckpt") == 6
+    assert not (tmp_path / "last.ckpt").is_symlink()
+    assert {step_of(path) for path in tmp_path.glob("step=*.ckpt")} == kept
+
+
+def test_trying_leaves_nothing(tmp_path):
+    train(tmp_path, "file", fast_dev_run=True, **OPTIONS["newest"])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -112,6 +112,15 @@ def test_a_kill_while_shards_are_written_changes_nothing(server, tmp_path):
     assert not list(out.glob("*.tmp"))
 
 
+@pytest.fixture
+def _ctrl_c():
+    """Python's own handler, though a shell that started the tests in the background had them ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c")
 def test_an_interrupted_run_goes_on(server, prepare, tmp_path):
     """Ctrl-C: what is on its way is dropped, and the journal can be opened again at once."""
     server.delay = 1.0
