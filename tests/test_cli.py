@@ -144,6 +144,7 @@ def test_fit_writes_everything_it_says(finished):
     assert list((folder / "checkpoints").glob("*.ckpt"))
 
 
+@pytest.mark.slow
 def test_resume_goes_on_from_the_checkpoint(finished):
     checkpoint = next((finished / "runs").rglob("last*.ckpt"))
     assert main([*options(finished), "--trainer.max_steps=6", f"--ckpt_path={checkpoint}"]) == 0

@@ -4,6 +4,7 @@ import json
 import shlex
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from avar_lightning import cli, commands
@@ -19,6 +20,7 @@ def written_commands() -> list[list[str]]:
     return [shlex.split(line) for line in block.splitlines() if line.strip()]
 
 
+@pytest.mark.slow
 def test_from_a_folder_of_images_to_a_guided_run(tmp_path, monkeypatch, capsys):
     section = (ROOT / "README.md").read_text().split(SECTION)[1]
     record = json.loads(section.split("```json\n")[1].split("```")[0].replace("…]", "]").replace(",\n ]", "]"))[0]

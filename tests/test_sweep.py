@@ -73,6 +73,7 @@ def test_a_sweep_writes_answers_table_and_pictures(models: Path, shards: str, tm
     assert (tmp_path / "results.md").read_text().strip() in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_goes_on_and_a_larger_grid_adds(
     models: Path, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

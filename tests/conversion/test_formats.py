@@ -261,6 +261,7 @@ anything = st.recursive(
 fields = ["conversations", "messages", "question", "options", "images", "image_1", "instruction", "output", "history"]
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
     format_=st.sampled_from(list(FORMATS)),

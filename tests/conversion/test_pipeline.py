@@ -133,7 +133,7 @@ def test_the_number_of_processes_changes_nothing(mixed: Path, whole: dict[str, b
     assert f"{mixed}:4: " in report.reasons[0]
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("overwrite", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_it_may_be_interrupted_between_any_two_steps(
     mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
 ) -> None:
@@ -369,6 +369,7 @@ def test_a_limit_ends_early_by_the_records_that_are_wanted(tmp_path: Path) -> No
         make(src, tmp_path / "other", samples_per_shard=10, max_rejected=0.3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
 def test_bad_records_may_all_come_first(tmp_path: Path, kind: str) -> None:
     """The share counts, not the order."""

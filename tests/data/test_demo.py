@@ -32,6 +32,7 @@ def test_same_seed_gives_the_same_samples_and_pictures():
     assert [sample.messages for sample in first] != [sample.messages for sample in other]
 
 
+@pytest.mark.slow
 def test_style_and_count_do_not_change_the_questions():
     by_style = [[sample.messages[1] for sample in stream(style=style)] for style in STYLES]
     assert by_style[0] == by_style[1] == by_style[2]

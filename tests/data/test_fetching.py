@@ -144,6 +144,7 @@ def test_a_fetched_manifest_runs_no_commands(served: FileServer, tmp_path: Path)
         find_shards(f"{served.url}/{MANIFEST}")
 
 
+@pytest.mark.slow
 def test_a_manifest_that_cannot_be_reached_is_said():
     with pytest.raises(ConnectionError, match=r"127.0.0.1:9/manifest.json cannot be reached .*; check the address"):
         find_shards(f"http://127.0.0.1:9/{MANIFEST}")
@@ -154,6 +155,7 @@ def test_a_busy_server_is_asked_again_for_its_manifest(served: FileServer):
     assert len(find_shards(f"{served.url}/{MANIFEST}?signature=x")) == 4
 
 
+@pytest.mark.slow
 def test_processes_that_share_little_room_lose_nothing(served: FileServer, cache: ShardCache):
     """One makes room with what another is about to open."""
     found = find_shards(f"{served.url}/{MANIFEST}")

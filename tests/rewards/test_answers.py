@@ -185,6 +185,7 @@ def test_mathematics(answer, gold, right):
     assert reward(answer, gold) == right
 
 
+@pytest.mark.slow
 def test_what_takes_for_ever_is_stopped_and_the_next_pair_is_compared(caplog):
     start = time.monotonic()
     assert same_expressions([("9^{9^{9^{9}}}+x", "3x^2"), ("2x", "x+x")], time_limit=4.0) == [False, True]
