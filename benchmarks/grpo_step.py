@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64, help="longest completion")
     parser.add_argument("--micro-batch", type=int, default=16, help="completions in one forward with a gradient")
     parser.add_argument("--steps", type=int, default=12, help="timed rounds, and two more to warm up")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--data", default="data/demo")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()

@@ -45,6 +45,12 @@ def paired(seconds: dict[str, list[float]], name: str, reference: str) -> dict[s
     return as_columns("seconds", seconds[name]) | as_columns("ratio", ratios)
 
 
+def clock(device: str) -> float:
+    """Seconds, once all work is done; on a CPU those of this process, which others and a busy host do not lengthen."""
+    synchronize(device)
+    return time.process_time() if device == "cpu" else time.perf_counter()
+
+
 def in_turn(
     works: Mapping[str, Callable[[], Any]], repeats: int, device: str, *, warm_up: int = 0
 ) -> dict[str, list[float]]:
@@ -52,12 +58,11 @@ def in_turn(
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for number in range(warm_up + repeats):
         for name, work in works.items():
-            synchronize(device)
-            start = time.perf_counter()
+            start = clock(device)
             work()
-            synchronize(device)
+            taken = clock(device) - start
             if number >= warm_up:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(taken)
     return seconds
 
 
@@ -95,7 +100,7 @@ def status_kib(name: str) -> int:
 def parser_of(description: str) -> argparse.ArgumentParser:
     """Options of a benchmark that measures each thing in a process of its own (`in_process`)."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5, help="timed rounds")
+    parser.add_argument("--repeats", type=int, default=9, help="timed rounds")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")

@@ -16,6 +16,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -23,7 +24,7 @@ import subjects
 import torch
 import trl
 from datasets import Dataset
-from measuring import about, as_cell, hush, in_process, page, paired, parser_of, peak_of, write
+from measuring import about, as_cell, clock, hush, in_process, page, paired, parser_of, peak_of, write
 from subjects import Case
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -128,7 +129,7 @@ def theirs(args: argparse.Namespace, case: Case, steps: int, *callbacks: Any) ->
 
 def measure_seconds(args: argparse.Namespace, case: Case) -> dict[str, list[float]]:
     """Seconds of every contestant in turn."""
-    turns, steps = Turns(list(CONTESTANTS)), args.repeats + WARM_UP
+    turns, steps = Turns(list(CONTESTANTS), partial(clock, args.device)), args.repeats + WARM_UP
     work = {name: ours(args, case, name, steps, OurTurn(turns, name)) for name in GUIDANCE}
     work["TRL"] = theirs(args, case, steps, TheirTurn(turns, "TRL"))
     take_turns(turns, work)

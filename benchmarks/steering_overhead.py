@@ -10,7 +10,6 @@ its round. Decoding is timed too: one new token over a cache. Writes a CSV and a
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -19,7 +18,7 @@ from typing import Any
 
 import subjects
 import torch
-from measuring import about, as_cell, as_columns, page, quantiles, rounded, synchronize, write
+from measuring import about, as_cell, as_columns, clock, page, quantiles, rounded, write
 from transformers import PreTrainedModel
 
 from avar_lightning import steer_attention
@@ -72,13 +71,10 @@ def step(model: PreTrainedModel, token: torch.Tensor, cache: object, count: int)
 
 
 def timed(function: Callable[[], Any], device: str) -> tuple[Any, float]:
-    """What a function returns, and its seconds; on a CPU those of this process, which others do not lengthen."""
-    clock = time.process_time if device == "cpu" else time.perf_counter
-    synchronize(device)
-    start = clock()
+    """What a function returns, and its seconds."""
+    start = clock(device)
     result = function()
-    synchronize(device)
-    return result, clock() - start
+    return result, clock(device) - start
 
 
 def main() -> None:

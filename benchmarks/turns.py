@@ -19,10 +19,11 @@ class Turns:
 
     Args:
         names: Of the trainers, in the order of their turns.
+        clock: What tells seconds.
     """
 
-    def __init__(self, names: list[str]) -> None:
-        self.names, self.now, self.condition = names, 0, threading.Condition()
+    def __init__(self, names: list[str], clock: Callable[[], float] = time.perf_counter) -> None:
+        self.names, self.clock, self.now, self.condition = names, clock, 0, threading.Condition()
         self.seconds: dict[str, list[float]] = {name: [] for name in names}
         self.notes: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         self.started = 0.0
@@ -32,11 +33,11 @@ class Turns:
         with self.condition:
             if not self.condition.wait_for(lambda: self.names[self.now] == name, timeout=PATIENCE):
                 raise TimeoutError(f"{name} waited {PATIENCE} s for its turn: another trainer has failed.")
-            self.started = time.perf_counter()
+            self.started = self.clock()
 
     def done(self, name: str, note: Callable[[], dict[str, float]]) -> None:
         """Keep the step's seconds, and what is noted of it, and let the next one step."""
-        self.seconds[name].append(time.perf_counter() - self.started)
+        self.seconds[name].append(self.clock() - self.started)
         self.notes[name].append(note())
         with self.condition:
             self.now = (self.now + 1) % len(self.names)

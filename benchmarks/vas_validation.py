@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
 from typing import Any
 
 import lightning as L
 import subjects
 import torch
-from measuring import about, as_cell, hush, in_process, page, paired, parser_of, synchronize, write
+from measuring import about, as_cell, clock, hush, in_process, page, paired, parser_of, write
 from subjects import Case
 from torch.utils.data import DataLoader
 
@@ -41,11 +40,9 @@ def validation(case: Case, module: SFTModule, name: str, device: str) -> float:
             callbacks=[VASCallback()] if name == "with VAS" else [],
         )
         batches = DataLoader([batch_of(case, module.max_new_tokens > 0)] * BATCHES, batch_size=None)
-        synchronize(device)
-        start = time.perf_counter()
+        start = clock(device)
         trainer.validate(module, batches, verbose=False)
-        synchronize(device)
-        return time.perf_counter() - start
+        return clock(device) - start
 
 
 def batch_of(case: Case, answers: bool) -> dict[str, Any]:

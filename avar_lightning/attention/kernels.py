@@ -23,6 +23,8 @@ from torch.nn.functional import pad
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 """Where numbers as small as `TINY` and as large as its inverse exist, which float16 has not."""
 TINY = 2.0**-40
+NORMS = 1e-15, 1e15
+"""Of a row's gradient, from smallest to largest, whose square is a number in float32."""
 
 aten = torch.ops.aten
 
@@ -246,11 +248,18 @@ def carry_gradient(grad_out: Tensor, out: Tensor, grad_lse: Tensor) -> tuple[Ten
 
     Returns:
         Gradient and output to call it with: Σ_d of their product is smaller by `grad_lse`. Rows without gradient of the
-        log-sum-exp stay as they are, bit for bit. In the others the output is 0 but where the gradient is largest: one
-        component carries the number in float32, three carry it whole in bfloat16. Where the gradient has none that is
-        large enough, it gets one of `TINY` times the number.
+        log-sum-exp stay as they are, bit for bit. In float32 the output gives way along the gradient, if every row has
+        one whose square is a number. Otherwise it is 0 but where the gradient is largest: one component carries the
+        number in float32, three carry it whole in bfloat16. Where the gradient has none that is large enough, it gets
+        one of `TINY` times the number.
     """
     dtype = grad_lse.dtype
+    if out.element_size() >= 4:
+        shift, norm = grad_lse.unsqueeze(-1), torch.linalg.vector_norm(grad_out, dim=-1, keepdim=True)
+        inside = norm.clamp(*NORMS)
+        along = shift / inside.square()
+        if (((norm == inside) | (shift == 0)) & along.isfinite()).all():
+            return grad_out, torch.addcmul(out, grad_out, along, value=-1)
     wanted = grad_lse.unsqueeze(-1) != 0
     rest = (grad_out.to(dtype) * out.to(dtype)).sum(-1, keepdim=True).sub_(grad_lse.unsqueeze(-1))
     size, carrier = grad_out.abs(), out.masked_fill(wanted, 0.0)
