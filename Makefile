@@ -32,6 +32,7 @@ bench: $(READY)
 	$(PYTHON) benchmarks/attention_op.py
 	$(PYTHON) benchmarks/attention_layers.py
 	$(PYTHON) benchmarks/sft_step.py
+	$(PYTHON) benchmarks/step_profile.py
 	$(PYTHON) benchmarks/vas_validation.py
 	$(PYTHON) benchmarks/steering_overhead.py
 	$(PYTHON) benchmarks/grpo_step.py

@@ -268,7 +268,7 @@ def carry_gradient(grad_out: Tensor, out: Tensor, grad_lse: Tensor) -> tuple[Ten
         least = (rest.abs() * TINY).clamp_(min=torch.finfo(dtype).tiny).to(out.dtype)
         too_small = wanted & (largest < least)
         component = torch.where(too_small, least, grad_out.gather(-1, index))
-        if too_small.any():
+        if grad_out.is_cuda or too_small.any():  # asking a GPU would wait for it
             grad_out = grad_out.scatter(-1, index, component)
         value = (rest / component.to(dtype)).to(out.dtype)
         carrier.scatter_(-1, index, torch.where(wanted, value, carrier.gather(-1, index)))
