@@ -21,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from avar_lightning.attention import attention_mass
 from avar_lightning.attention.fused import LogSumExps
+from avar_lightning.attention.observing import MANY
 from avar_lightning.attention.visibility import Causal, OnKeys, Selection, in_groups
 
 HEADS, KEY_HEADS, HEAD_DIM = 28, 4, 128
@@ -55,14 +56,18 @@ def work_of(name: str, length: int, num_image: int, phase: str, args: Any) -> Ca
             probs = (q @ keys.mT * HEAD_DIM**-0.5).masked_fill(hidden, -torch.inf).softmax(-1)
             return [probs @ values, probs[:, :, first:].float() @ groups[:, None].float()]
         rows = Selection((torch.arange(length, device=q.device) >= first)[None])
-        with LogSumExps() as overheard:
-            out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        lse = overheard.of(q, k, None)
-        if lse is None:
-            return [out, attention_mass(rows.gather(q), k, groups, visible=Causal(rows))]
         keys, of_keys = in_groups(groups)
+        are_many = rows.index_BS.numel() * keys.index_BS.numel() > MANY * length**2
+        with LogSumExps(groups if are_many else None) as overheard:
+            out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        told = overheard.of(q, k, None)
+        if told is None:
+            return [out, attention_mass(rows.gather(q), k, groups, visible=Causal(rows))]
+        if told.mass_BHNG is not None:
+            return [out, rows.gather(told.mass_BHNG)]
+        assert told.lse_BHN is not None
         visible = OnKeys(Causal(rows), keys)
-        lse_BHQ = rows.gather(lse[..., None])[..., 0]
+        lse_BHQ = rows.gather(told.lse_BHN[..., None])[..., 0]
         return [out, attention_mass(rows.gather(q), keys.gather(k), of_keys, visible=visible, lse_BHQ=lse_BHQ)]
 
     def work() -> None:

@@ -1,24 +1,43 @@
-"""Fused attention that also gives the log-sum-exp of each row, differentiably.
+"""Fused attention that also gives the log-sum-exp of each row, or the masses themselves, differentiably.
 
 A fused kernel computes the log-sum-exp of every row's logits on its way, and its backward needs it, but PyTorch hides
 it and lets no gradient through it. Here PyTorch's call is overheard, and the same kernel called in its place
 (`kernels`). With the log-sum-exp known, a group's mass needs the group's columns alone (`mass.attention_mass`).
 
-Shape letters: B batch, H query heads, M key heads (H = M·R), N rows, K keys, D head dimension.
+Where those are many, a wider head is cheaper: masses are what comes out when a value says which groups its key is in.
+Only float32 on a CPU has it, since elsewhere kernels round probabilities to 16 bits, or take certain widths alone.
+
+Shape letters: B batch, H query heads, M key heads (H = M·R), N rows, K keys, D head dimension, G key groups.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from avar_lightning.attention.kernels import Kernel, carry_gradient, kernel_of
+from avar_lightning.attention.kernels import CPUFlash, Kernel, carry_gradient, kernel_of
+
+WIDER_BY = 8
+"""Whole multiples that heads grow by: as quick as the least, and aligned."""
+
+
+class Told(NamedTuple):
+    """What a kernel told of the rows of its call.
+
+    Attributes:
+        lse_BHN: Log-sum-exps, natural, of the scaled and masked logits, float32 (float64 for float64 inputs); None
+            where masses are known.
+        mass_BHNG: Masses of the groups that were asked for, the same; None where they are not known.
+    """
+
+    lse_BHN: Tensor | None
+    mass_BHNG: Tensor | None = None
 
 
 class LogSumExps(TorchFunctionMode):
@@ -26,14 +45,19 @@ class LogSumExps(TorchFunctionMode):
 
     Outputs and their gradients are those of `scaled_dot_product_attention`, bit for bit, as long as nobody
     differentiates a log-sum-exp. Calls that PyTorch does not give to one of the kernels run as always and tell nothing.
+
+    Args:
+        groups_BKG: Groups whose masses are wanted from a wider head, where that is possible and a gradient goes through
+            the call; outputs are then equal up to rounding.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, groups_BKG: Tensor | None = None) -> None:
         super().__init__()
-        self._calls: list[tuple[Tensor | None, torch.Size, torch.Size, float | None]] = []
+        self._groups_BKG = groups_BKG
+        self._calls: list[tuple[Told | None, torch.Size, torch.Size, float | None]] = []
 
-    def of(self, query: Tensor, key: Tensor, scale: float | None) -> Tensor | None:
-        """Log-sum-exp of the only call, natural, of the scaled and masked logits.
+    def of(self, query: Tensor, key: Tensor, scale: float | None) -> Told | None:
+        """What the only call told.
 
         Args:
             query: The queries that it is expected to have had, (B, H, N, D).
@@ -41,19 +65,18 @@ class LogSumExps(TorchFunctionMode):
             scale: Its scale.
 
         Returns:
-            (B, H, N), float32 (float64 for float64 inputs); None when there was another call, several or none, or when
-            it was not fused.
+            None when there was another call, several or none, or when it was not fused.
         """
         if len(self._calls) != 1:
             return None
-        lse, queries, keys, its_scale = self._calls[0]
-        if lse is None or keys[2:] != key.shape[2:] or its_scale != scale:
+        told, queries, keys, its_scale = self._calls[0]
+        if told is None or keys[2:] != key.shape[2:] or its_scale != scale:
             return None
         batch, heads, rows, width = query.shape
         # transformers hands the query heads of one row over as rows of their key head.
         if rows == 1 and queries == (batch, key.shape[1], heads // key.shape[1], width):
-            return lse.reshape(batch, heads, 1)
-        return lse if queries == query.shape else None
+            return Told(*(each if each is None else each.reshape(batch, heads, 1, *each.shape[3:]) for each in told))
+        return told if queries == query.shape else None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -87,13 +110,42 @@ class LogSumExps(TorchFunctionMode):
             self._calls.append((None, query.shape, key.shape, scale))
             return scaled_dot_product_attention(query, key, value, attn_mask, **options)
         query, key, value, attn_mask = cast
+        trains = query.requires_grad or key.requires_grad
+        if trains and torch.is_grad_enabled() and self._groups_BKG is not None and _can_be_wider(kernel, query, value):
+            out, mass = _attend_wider(query, key, value, attn_mask, self._groups_BKG, options)
+            self._calls.append((Told(None, mass), query.shape, key.shape, scale))
+            return out
         if attn_mask is not None:
             attn_mask = kernel.additive(attn_mask, query.dtype)
         out, lse = _FusedAttention.apply(query, key, value, attn_mask, is_causal, scale, kernel)
         # Where only values train, masses have no gradient.
-        lse = lse if query.requires_grad or key.requires_grad else lse.detach()
-        self._calls.append((lse, query.shape, key.shape, scale))
+        self._calls.append((Told(lse if trains else lse.detach()), query.shape, key.shape, scale))
         return out
+
+
+def _can_be_wider(kernel: Kernel, query: Tensor, value: Tensor) -> bool:
+    is_exact = isinstance(kernel, CPUFlash) and query.dtype in (torch.float32, torch.float64)
+    return is_exact and value.shape[-1] == query.shape[-1]
+
+
+def _attend_wider(
+    q_BHND: Tensor,
+    k_BMKD: Tensor,
+    v_BMKD: Tensor,
+    mask: Tensor | None,
+    groups_BKG: Tensor,
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """Output (B, H, N, D), and masses (B, H, N, G) as what is attended to of values that say who is in which group."""
+    width, num_groups = q_BHND.shape[-1], groups_BKG.shape[-1]
+    more = -(-num_groups // WIDER_BY) * WIDER_BY
+    indicator_BMKG = groups_BKG[:, None].to(v_BMKD.dtype).expand(-1, v_BMKD.shape[1], -1, -1)
+    v_BMKD = torch.cat([v_BMKD, pad(indicator_BMKG, (0, more - num_groups))], dim=-1)
+    scale = width**-0.5 if options["scale"] is None else options["scale"]
+    out_BHND = scaled_dot_product_attention(
+        pad(q_BHND, (0, more)), pad(k_BMKD, (0, more)), v_BMKD, mask, **options | {"scale": scale}
+    )
+    return out_BHND[..., :width], out_BHND[..., width : width + num_groups]
 
 
 def as_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:

@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from avar_lightning.attention.decoder import is_cross_attention
-from avar_lightning.attention.fused import as_autocast
+from avar_lightning.attention.fused import Told, as_autocast
 from avar_lightning.attention.mass import attention_mass, attention_received
 from avar_lightning.attention.record import ForwardMasses
 from avar_lightning.attention.registry import AttentionCall
 from avar_lightning.attention.tracking import mask_of, roles_of_keys
 from avar_lightning.attention.visibility import OnKeys, Selection, Visibility, in_groups, visibility_of
+
+MANY = 1 / 12
+"""Share of all pairs of rows and keys from which on masses are cheaper from wider heads (measured: docs/log.md)."""
 
 
 class ForwardObserver:
@@ -47,8 +50,16 @@ class ForwardObserver:
             return False
         return self.layers is None or module.layer_idx in self.layers
 
-    def observe(self, call: AttentionCall, lse_BHN: Tensor | None = None) -> None:
-        """Measure one layer, faster where its kernel told the log-sum-exp of its rows.
+    def many_groups(self, call: AttentionCall) -> Tensor | None:
+        """Groups of keys (B, K, G) where they and the rows are so many that masses had better be the kernel's."""
+        if not self.with_grad or call.softcap is not None:
+            return None
+        rows, (keys, _) = self._rows_on(call.q_BHND.device), self._grouped_of(call)
+        pairs = rows.index_BS.shape[1] * keys.index_BS.shape[1]
+        return self._groups_of(call) if pairs > MANY * call.q_BHND.shape[2] * call.k_BMKD.shape[2] else None
+
+    def observe(self, call: AttentionCall, told: Told | None = None) -> None:
+        """Measure one layer, faster where its kernel told the log-sum-exp of its rows, or their masses.
 
         A checkpoint's second run must do the same work, but the first result stays.
         """
@@ -71,10 +82,13 @@ class ForwardObserver:
             "softcap": call.softcap,
             "change": call.change_of(rows),
         }
-        if lse_BHN is None or call.softcap is not None:
+        if told is None or call.softcap is not None:
             mass_BHQG = attention_mass(q_BHQD, call.k_BMKD, self._groups_of(call), **softmax)
+        elif told.mass_BHNG is not None:
+            mass_BHQG = rows.gather(told.mass_BHNG)
         else:
-            lse_BHQ = rows.gather(lse_BHN.unsqueeze(-1)).squeeze(-1)
+            assert told.lse_BHN is not None
+            lse_BHQ = rows.gather(told.lse_BHN.unsqueeze(-1)).squeeze(-1)
             mass_BHQG = self._mass_of_grouped(call, q_BHQD, lse_BHQ, softmax)
         mass_BHNG = rows.scatter(mass_BHQG)
         masses = self.masses()

@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from avar_lightning.attention.fused import LogSumExps
+from avar_lightning.attention.fused import LogSumExps, Told
 from avar_lightning.attention.mass import Change
 from avar_lightning.attention.visibility import Selection
 
@@ -47,8 +47,11 @@ class LayerObserver(Protocol):
     def wants(self, module: nn.Module) -> bool:
         """Whether to observe this layer."""
 
-    def observe(self, call: AttentionCall, lse_BHN: Tensor | None) -> None:
-        """Look at one call, and at the log-sum-exp of its rows where its kernel told them."""
+    def many_groups(self, call: AttentionCall) -> Tensor | None:
+        """Groups of keys (B, K, G) whose masses had better come from the kernel; None for none."""
+
+    def observe(self, call: AttentionCall, told: Told | None) -> None:
+        """Look at one call, and at what its kernel told of its rows."""
 
 
 class LayerSteering(Protocol):
@@ -201,11 +204,12 @@ def _watched(
             for observer in observers:
                 observer.observe(call, None)
             return steerings[0].attend(call, value, run, kwargs)
-        with LogSumExps() as overheard:
+        groups_BKG = observers[0].many_groups(call) if len(observers) == 1 else None
+        with LogSumExps(groups_BKG) as overheard:
             result = run(query, key, value, **kwargs)
-        lse_BHN = overheard.of(query, key, call.scale)
+        told = overheard.of(query, key, call.scale)
         for observer in observers:
-            observer.observe(call, lse_BHN)
+            observer.observe(call, told)
         return result
 
 

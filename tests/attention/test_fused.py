@@ -75,9 +75,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp as the kernel gives them."""
     with LogSumExps() as overheard:
         out = scaled_dot_product_attention(q, k, v, **arguments(kind, q.dtype))
-    lse = overheard.of(q, k, 0.3)
-    assert lse is not None
-    return out, lse
+    told = overheard.of(q, k, 0.3)
+    assert told is not None
+    assert told.lse_BHN is not None
+    return out, told.lse_BHN
 
 
 @pytest.mark.parametrize("kind", MASKS)
@@ -95,6 +96,39 @@ def test_values_and_gradients_are_those_of_the_definition(kind: str) -> None:
         torch.autograd.grad(outputs, inputs, weights), torch.autograd.grad(exact, inputs, weights), strict=True
     ):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 9])
+@pytest.mark.parametrize("kind", MASKS)
+def test_wider_heads_give_the_masses_of_the_definition(kind: str, num_groups: int) -> None:
+    q, k, v = inputs = tensors(torch.float64)
+    groups = torch.rand(BATCH, LENGTH, num_groups, generator=torch.Generator().manual_seed(2)) < 0.4
+    with LogSumExps(groups) as overheard:
+        out = scaled_dot_product_attention(q, k, v, **arguments(kind, q.dtype))
+    told = overheard.of(q, k, 0.3)
+    assert told is not None
+    assert told.mass_BHNG is not None
+    exact = expected(*inputs, kind)[0], eager_mass(q, k, groups, visible(kind), scale=0.3)
+    sees = visible(kind).any(-1)[..., None]
+    outputs = out, told.mass_BHNG
+    torch.testing.assert_close(outputs[1] * sees, exact[1])
+    weights = [torch.randn(each.shape, dtype=torch.float64) * sees for each in exact]
+    for ours, theirs in zip(
+        torch.autograd.grad(outputs, inputs, weights), torch.autograd.grad(exact, inputs, weights), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("how", ["no gradient", "bfloat16", "wider values", "no groups"])
+def test_heads_are_as_they_are_where_outputs_must_be_or_masses_would_be_rounded(how: str) -> None:
+    q, k, v = tensors(torch.bfloat16 if how == "bfloat16" else torch.float32)
+    v = torch.cat([v, v], dim=-1) if how == "wider values" else v
+    groups = None if how == "no groups" else torch.ones(BATCH, LENGTH, 1, dtype=torch.bool)
+    with torch.set_grad_enabled(how != "no gradient"), LogSumExps(groups) as overheard:
+        out = scaled_dot_product_attention(q, k, v, **arguments("causal", q.dtype))
+    told = overheard.of(q, k, 0.3)
+    assert told is None or told.mass_BHNG is None
+    assert torch.equal(out, scaled_dot_product_attention(q, k, v, **arguments("causal", q.dtype)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -155,9 +189,10 @@ def test_one_row_whose_heads_stand_in_rows() -> None:
     mask = torch.ones(BATCH, 1, 1, LENGTH, dtype=torch.bool)
     with LogSumExps() as overheard:
         scaled_dot_product_attention(q.reshape(BATCH, KEY_HEADS, HEADS // KEY_HEADS, DIM), k, v, mask, scale=0.3)
-    lse = overheard.of(q, k, 0.3)
+    told = overheard.of(q, k, 0.3)
+    assert told is not None
     logits = q @ k.repeat_interleave(HEADS // KEY_HEADS, dim=1).mT * 0.3
-    torch.testing.assert_close(lse, logits.logsumexp(-1))
+    torch.testing.assert_close(told.lse_BHN, logits.logsumexp(-1))
 
 
 @pytest.mark.parametrize("how", ["dropout", "float16", "mask with a gradient", "twice", "other scale", "other keys"])
@@ -319,8 +354,10 @@ def test_on_a_gpu(backend: SDPBackend, dtype: torch.dtype, width: int, kind: str
         plain = scaled_dot_product_attention(q, k, v, **options, enable_gqa=key_heads != HEADS)
         with LogSumExps() as overheard:
             out = scaled_dot_product_attention(q, k, v, **options, enable_gqa=key_heads != HEADS)
-    lse = overheard.of(q, k, None)
-    assert lse is not None
+    told = overheard.of(q, k, None)
+    assert told is not None
+    assert told.lse_BHN is not None
+    lse = told.lse_BHN
     assert torch.equal(out, plain)
     exact = [each.detach().double().requires_grad_() for each in (q, k, v)]
     keys, values = (each.repeat_interleave(HEADS // key_heads, dim=1) for each in exact[1:])
