@@ -32,7 +32,7 @@ WARM_UP_LENGTH = 64
 QUERIES = (Role.USER, Role.RESPONSE)
 KEYS = (Role.IMAGE, Role.SYSTEM)
 ON_CPU = [
-    *(f"thin-2-{length}" for length in (1024, 2048, 4096, 8192)),
+    *(f"thin-2-{length}" for length in (1024, 2048, 4096, 8192, 32768)),
     *(f"thin-2-4096-{image}" for image in (256, 2048)),
     *(f"thin-{layers}-2048" for layers in (4, 8)),
     *(f"7b-1-{length}" for length in (1024, 2048)),
