@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from avar_lightning import strategies as strategies  # makes fsdp2 known to the Trainer
 from avar_lightning.checkpoints import look_into
@@ -55,6 +57,13 @@ class AvarCLI(LightningCLI):
         vlm = vlm.get("init_args", vlm)
         if data.processor == DEFAULT_PROCESSOR:
             data.processor = vlm.pretrained
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Make the trainer; what it does not take is said in one sentence."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError, RuntimeError) as error:
+            raise ValueError(" ".join(str(error).split())) from error
 
     def before_fit(self) -> None:
         """Start the clock."""

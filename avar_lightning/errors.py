@@ -8,8 +8,6 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
 PACKAGE_FOLDERS = (str(Path(__file__).parent), str(Path(__file__).parents[1] / "callbacks"))
 UNION = "Does not validate against any of the Union subtypes"
 
@@ -17,8 +15,6 @@ UNION = "Does not validate against any of the Union subtypes"
 def own_sentence(error: Exception) -> str | None:
     """The message of an error that this package raised on purpose; `None` for a fault, which keeps its traceback."""
     text = str(error)
-    if isinstance(error, MisconfigurationException) or _is_of_trainer(error):  # raised by Lightning on purpose
-        return " ".join(text.split())
     if text.startswith(UNION):  # raised while jsonargparse built an object of the configuration
         return condense(text)
     if "Original Traceback" in text:  # raised in a DataLoader worker: the message ends with the original one
@@ -27,11 +23,6 @@ def own_sentence(error: Exception) -> str | None:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     ours = frame.filename.startswith(PACKAGE_FOLDERS) and (frame.line or "").startswith("raise")
     return text if ours else None
-
-
-def _is_of_trainer(error: Exception) -> bool:
-    """Whether Lightning refuses what its Trainer was given."""
-    return traceback.extract_tb(error.__traceback__)[-1].filename.endswith("accelerator_connector.py")
 
 
 def told(error: Exception) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from avar_lightning.attention import attention_mass
-from avar_lightning.attention.fused import LogSumExps
+from avar_lightning.attention.fused import FusedCalls
 from avar_lightning.attention.observing import MANY
 from avar_lightning.attention.visibility import Causal, OnKeys, Selection, in_groups
 
@@ -58,7 +58,7 @@ def work_of(name: str, length: int, num_image: int, phase: str, args: Any) -> Ca
         rows = Selection((torch.arange(length, device=q.device) >= first)[None])
         keys, of_keys = in_groups(groups)
         are_many = rows.index_BS.numel() * keys.index_BS.numel() > MANY * length**2
-        with LogSumExps(groups if are_many else None) as overheard:
+        with FusedCalls(groups if are_many else None) as overheard:
             out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         told = overheard.of(q, k, None)
         if told is None:

@@ -23,16 +23,23 @@ from subjects import Case
 
 WARM_UP = 2
 NAMES = ("hinge, Q = T", "published, Q = U")
-CALLS = {  # file and function
+CALLS = {  # file and functions
     "attention kernel, forward": ("attention/kernels.py", "forward"),
     "attention kernel, backward": ("attention/kernels.py", "backward"),
+    "around it, forward": ("attention/fused.py", "forward"),
+    "around it, backward": ("attention/fused.py", "backward"),
+    "carrying the gradient of the log-sum-exp": ("attention/kernels.py", "carry_gradient"),
     "masses, forward": ("attention/mass.py", "attention_mass"),
     "masses, backward": ("attention/mass.py", "backward"),
-    "carrying the gradient of the log-sum-exp": ("attention/kernels.py", "carry_gradient"),
-    "observing": ("attention/observing.py", "observe"),
+    "observing": ("attention/observing.py", "observe", "many_groups"),
     "guidance loss": ("avar_lightning/guidance.py", "guide"),
     "logging": ("pytorch/core/module.py", "log"),
     "optimizer": ("optim/adamw.py", "step"),
+}
+INSIDE = {  # what they call of the others
+    "around it, forward": ("attention kernel, forward",),
+    "around it, backward": ("attention kernel, backward", "carrying the gradient of the log-sum-exp"),
+    "observing": ("masses, forward",),
 }
 
 
@@ -58,11 +65,12 @@ class Profile(L.Callback):
 def shares(profile: cProfile.Profile, seconds: float) -> dict[str, float]:
     """Percent of all seconds by part; parts do not overlap."""
     taken: dict[str, float] = dict.fromkeys(CALLS, 0.0)
-    for (file, _, function), (_, _, _, cumulative, _) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
-        for part, (ending, name) in CALLS.items():
-            if file.endswith(ending) and function == name:
+    for (file, _, function), (*_, cumulative, _) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
+        for part, (ending, *names) in CALLS.items():
+            if file.endswith(ending) and function in names:
                 taken[part] += cumulative
-    taken["observing"] -= taken["masses, forward"]  # which it calls
+    for part, others in INSIDE.items():
+        taken[part] -= sum(taken[other] for other in others)
     taken["everything else"] = seconds - sum(taken.values())
     return {part: round(100 * value / seconds, 1) for part, value in taken.items()}
 
@@ -88,8 +96,8 @@ def table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
     return page(
         "Where the time of a guided SFT step goes",
         settings,
-        "Percent of the step's CPU seconds. Kernels are those of the text decoder; observing is choosing rows and keys "
-        "and keeping masses.",
+        "Percent of the step's CPU seconds. Kernels are those of the text decoder, around which heads are made wider; "
+        "observing is choosing rows and keys and keeping masses.",
         ["part", *headings],
         [[part, *(f"{row[part]:.1f}" for row in rows)] for part in (*CALLS, "everything else")],
     )

@@ -58,10 +58,9 @@ class Checkpoint(ModelCheckpoint):
         super().on_validation_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save where training ended, too, if that was not due."""
-        if self.save_last and not self._should_skip_saving_checkpoint(trainer):
-            self._asked = trainer.global_step
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        """Save a last one where none was due, but when a run is only tried."""
+        if not getattr(trainer, "fast_dev_run", False):
+            super().on_train_end(trainer, pl_module)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up which checkpoints are the best, wherever they lie."""

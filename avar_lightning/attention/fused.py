@@ -22,6 +22,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from avar_lightning.attention.kernels import CPUFlash, Kernel, carry_gradient, kernel_of
+from avar_lightning.attention.visibility import is_hidden
 
 WIDER_BY = 8
 """Whole multiples that heads grow by: as quick as the least, and aligned."""
@@ -40,11 +41,12 @@ class Told(NamedTuple):
     mass_BHNG: Tensor | None = None
 
 
-class LogSumExps(TorchFunctionMode):
+class FusedCalls(TorchFunctionMode):
     """While active, scaled dot product attention runs as always, and the log-sum-exps of its fused calls are kept.
 
-    Outputs and their gradients are those of `scaled_dot_product_attention`, bit for bit, as long as nobody
-    differentiates a log-sum-exp. Calls that PyTorch does not give to one of the kernels run as always and tell nothing.
+    Without groups outputs and their gradients are those of `scaled_dot_product_attention`, bit for bit, as long as
+    nobody differentiates a log-sum-exp. Calls that PyTorch does not give to one of the kernels run as always and tell
+    nothing.
 
     Args:
         groups_BKG: Groups whose masses are wanted from a wider head, where that is possible and a gradient goes through
@@ -111,41 +113,37 @@ class LogSumExps(TorchFunctionMode):
             return scaled_dot_product_attention(query, key, value, attn_mask, **options)
         query, key, value, attn_mask = cast
         trains = query.requires_grad or key.requires_grad
-        if trains and torch.is_grad_enabled() and self._groups_BKG is not None and _can_be_wider(kernel, query, value):
-            out, mass = _attend_wider(query, key, value, attn_mask, self._groups_BKG, options)
-            self._calls.append((Told(None, mass), query.shape, key.shape, scale))
-            return out
+        given_mask = attn_mask
         if attn_mask is not None:
             attn_mask = kernel.additive(attn_mask, query.dtype)
+        groups = self._groups_BKG
+        if (
+            trains
+            and torch.is_grad_enabled()
+            and groups is not None
+            and _can_be_wider(kernel, query, key, value, groups)
+        ):
+            out, mass = _WiderAttention.apply(query, key, value, attn_mask, groups, is_causal, scale, kernel)
+            if given_mask is not None:
+                # A kernel lets a row that sees nothing look everywhere, where its mask has other numbers than -inf.
+                mass = mass.masked_fill(_is_blind(given_mask).unsqueeze(-1), 0.0)
+            self._calls.append((Told(None, mass), query.shape, key.shape, scale))
+            return out
         out, lse = _FusedAttention.apply(query, key, value, attn_mask, is_causal, scale, kernel)
         # Where only values train, masses have no gradient.
         self._calls.append((Told(lse if trains else lse.detach()), query.shape, key.shape, scale))
         return out
 
 
-def _can_be_wider(kernel: Kernel, query: Tensor, value: Tensor) -> bool:
+def _can_be_wider(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, groups_BKG: Tensor) -> bool:
     is_exact = isinstance(kernel, CPUFlash) and query.dtype in (torch.float32, torch.float64)
-    return is_exact and value.shape[-1] == query.shape[-1]
+    is_their_call = groups_BKG.shape[:2] == (key.shape[0], key.shape[2]) and groups_BKG.device == key.device
+    return is_exact and is_their_call and value.shape[-1] == query.shape[-1]
 
 
-def _attend_wider(
-    q_BHND: Tensor,
-    k_BMKD: Tensor,
-    v_BMKD: Tensor,
-    mask: Tensor | None,
-    groups_BKG: Tensor,
-    options: dict[str, Any],
-) -> tuple[Tensor, Tensor]:
-    """Output (B, H, N, D), and masses (B, H, N, G) as what is attended to of values that say who is in which group."""
-    width, num_groups = q_BHND.shape[-1], groups_BKG.shape[-1]
-    more = -(-num_groups // WIDER_BY) * WIDER_BY
-    indicator_BMKG = groups_BKG[:, None].to(v_BMKD.dtype).expand(-1, v_BMKD.shape[1], -1, -1)
-    v_BMKD = torch.cat([v_BMKD, pad(indicator_BMKG, (0, more - num_groups))], dim=-1)
-    scale = width**-0.5 if options["scale"] is None else options["scale"]
-    out_BHND = scaled_dot_product_attention(
-        pad(q_BHND, (0, more)), pad(k_BMKD, (0, more)), v_BMKD, mask, **options | {"scale": scale}
-    )
-    return out_BHND[..., :width], out_BHND[..., width : width + num_groups]
+def _is_blind(mask: Tensor) -> Tensor:
+    """Rows that see no key at all, (B, H or 1, N) or (N,)."""
+    return (~mask if mask.dtype == torch.bool else is_hidden(mask)).all(-1)
 
 
 def as_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -170,8 +168,9 @@ class _FusedAttention(torch.autograd.Function):
         scale: float | None,
         kernel: Kernel,
     ) -> tuple[Tensor, Tensor]:
-        out, lse, ctx.others = kernel.forward(q, k, v, mask, is_causal, scale)
-        ctx.save_for_backward(q, k, v, mask, out, lse)
+        out, lse, others = kernel.forward(q, k, v, mask, is_causal, scale)
+        ctx.save_for_backward(q, k, v, mask, out, lse, *(x if isinstance(x, Tensor) else None for x in others))
+        ctx.numbers = [None if isinstance(x, Tensor) else x for x in others]
         ctx.is_causal, ctx.scale, ctx.kernel = is_causal, scale, kernel
         ctx.set_materialize_grads(False)
         return out, lse
@@ -179,9 +178,66 @@ class _FusedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        *inputs, out, lse = ctx.saved_tensors
+        *inputs, out, lse = ctx.saved_tensors[:6]
+        others = [y if x is None else x for x, y in zip(ctx.saved_tensors[6:], ctx.numbers, strict=True)]
         grad = torch.zeros_like(out) if grad_out is None else grad_out
         if grad_lse is not None:
             grad, out = carry_gradient(grad, out, grad_lse)
-        dq, dk, dv = ctx.kernel.backward(grad, (*inputs, ctx.is_causal, ctx.scale), out, lse, ctx.others)
+        dq, dk, dv = ctx.kernel.backward(grad, (*inputs, ctx.is_causal, ctx.scale), out, lse, tuple(others))
         return dq, dk, None if grad_out is None else dv, None, None, None, None
+
+
+class _WiderAttention(torch.autograd.Function):
+    """Output, and masses (B, H, N, G) as what is attended to of values that say in which groups their keys are.
+
+    What is kept for the backward is as wide as the heads were, and the output lies in memory as SDPA's does.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        groups_BKG: Tensor,
+        is_causal: bool,
+        scale: float | None,
+        kernel: Kernel,
+    ) -> tuple[Tensor, Tensor]:
+        width, num_groups = q.shape[-1], groups_BKG.shape[-1]
+        scale = width**-0.5 if scale is None else scale
+        wide, lse, _ = kernel.forward(*_widened(q, k, v, groups_BKG), mask, is_causal, scale)
+        out = wide[..., :width].transpose(1, 2).contiguous().transpose(1, 2)
+        mass = wide[..., width : width + num_groups].contiguous()
+        ctx.save_for_backward(q, k, v, mask, groups_BKG, out, mass, lse)
+        ctx.is_causal, ctx.scale, ctx.kernel = is_causal, scale, kernel
+        ctx.set_materialize_grads(False)
+        return out, mass
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, grad_mass: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, mask, groups_BKG, out, mass, lse = ctx.saved_tensors
+        width = q.shape[-1]
+        more = _more(groups_BKG)
+
+        def beside(left: Tensor, right: Tensor) -> Tensor:
+            return torch.cat([left, pad(right, (0, more - right.shape[-1]))], dim=-1)
+
+        grad = beside(*(torch.zeros_like(x) if g is None else g for x, g in ((out, grad_out), (mass, grad_mass))))
+        inputs = (*_widened(q, k, v, groups_BKG), mask, ctx.is_causal, ctx.scale)
+        dq, dk, dv = (each[..., :width] for each in ctx.kernel.backward(grad, inputs, beside(out, mass), lse, ()))
+        return dq, dk, None if grad_out is None else dv, None, None, None, None, None
+
+
+def _more(groups_BKG: Tensor) -> int:
+    return -(-groups_BKG.shape[-1] // WIDER_BY) * WIDER_BY
+
+
+def _widened(q: Tensor, k: Tensor, v: Tensor, groups_BKG: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys with zeros, values with which groups their keys are in."""
+    more = _more(groups_BKG)
+    indicator_BMKG = groups_BKG[:, None].to(v.dtype).expand(-1, v.shape[1], -1, -1)
+    wider_v = torch.cat([v, pad(indicator_BMKG, (0, more - groups_BKG.shape[-1]))], dim=-1)
+    return pad(q, (0, more)), pad(k, (0, more)), wider_v

@@ -205,9 +205,30 @@ def kernel_of(
 
 
 @cache
-@torch.no_grad()
 def carries(kernel: Kernel, device: torch.device, dtype: torch.dtype, width: int) -> bool:
     """Whether a kernel of this installation returns the gradient of the log-sum-exp too; warns if not."""
+    try:
+        errors = _errors_of(kernel, device, dtype, width)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError) as error:
+        found = f"it says: {error}"
+    else:
+        if max(errors) < (1e-4 if device.type == "cpu" and dtype != torch.bfloat16 else 2e-2):
+            return True
+        found = f"errors {', '.join(f'{error:.1e}' for error in errors)}"
+    warnings.warn(
+        f"The fused attention of torch {torch.__version__} on {device} in {dtype} does not carry the gradient of its "
+        f"log-sum-exp ({found}), so attention is measured beside it in the slower way, which is as exact; "
+        "please report this.",
+        stacklevel=2,
+    )
+    return False
+
+
+@torch.no_grad()
+def _errors_of(kernel: Kernel, device: torch.device, dtype: torch.dtype, width: int) -> list[float]:
+    """Relative errors of a small case's log-sum-exp, and of the gradients that it and the output have together."""
     generator = torch.Generator(device).manual_seed(0)
     with torch.autocast(device.type, enabled=False):
         q, k, v, grad = (torch.randn(1, 2, 48, width, device=device, generator=generator).to(dtype) for _ in range(4))
@@ -223,19 +244,8 @@ def carries(kernel: Kernel, device: torch.device, dtype: torch.dtype, width: int
         delta = (grad * (probs @ v)).sum(-1, keepdim=True)
         grad_logits = probs * (grad @ v.mT - delta + grad_lse[..., None]) * width**-0.5
         exact = grad_logits @ k, grad_logits.mT @ q, probs.mT @ grad
-        errors = [
-            float((a.double() - b).norm() / b.norm()) for a, b in zip((lse, *ours), (logits.logsumexp(-1), *exact))
-        ]
-    if max(errors) < (2e-2 if dtype == torch.bfloat16 or torch.backends.cuda.matmul.allow_tf32 else 1e-4):
-        return True
-    found = ", ".join(f"{error:.1e}" for error in errors)
-    warnings.warn(
-        f"The fused attention of torch {torch.__version__} on {device} in {dtype} does not carry the gradient of its "
-        f"log-sum-exp (errors {found}), so attention is measured beside it in the slower way, which is as exact; "
-        "please report this.",
-        stacklevel=2,
-    )
-    return False
+        pairs = zip((lse, *ours), (logits.logsumexp(-1), *exact), strict=True)
+        return [float((a.double() - b).norm() / b.norm()) for a, b in pairs]
 
 
 def carry_gradient(grad_out: Tensor, out: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,13 +258,13 @@ def carry_gradient(grad_out: Tensor, out: Tensor, grad_lse: Tensor) -> tuple[Ten
 
     Returns:
         Gradient and output to call it with: Σ_d of their product is smaller by `grad_lse`. Rows without gradient of the
-        log-sum-exp stay as they are, bit for bit. In float32 the output gives way along the gradient, if every row has
-        one whose square is a number. Otherwise it is 0 but where the gradient is largest: one component carries the
-        number in float32, three carry it whole in bfloat16. Where the gradient has none that is large enough, it gets
-        one of `TINY` times the number.
+        log-sum-exp stay as they are, bit for bit. In float32 on a CPU the output gives way along the gradient, if every
+        row has one whose square is a number. Otherwise it is 0 but where the gradient is largest: one component carries
+        the number in float32, three carry it whole in bfloat16. Where the gradient has none that is large enough, it
+        gets one of `TINY` times the number.
     """
     dtype = grad_lse.dtype
-    if out.element_size() >= 4:
+    if out.element_size() >= 4 and not out.is_cuda:  # asking a GPU would wait for it
         shift, norm = grad_lse.unsqueeze(-1), torch.linalg.vector_norm(grad_out, dim=-1, keepdim=True)
         inside = norm.clamp(*NORMS)
         along = shift / inside.square()
@@ -268,7 +278,7 @@ def carry_gradient(grad_out: Tensor, out: Tensor, grad_lse: Tensor) -> tuple[Ten
         least = (rest.abs() * TINY).clamp_(min=torch.finfo(dtype).tiny).to(out.dtype)
         too_small = wanted & (largest < least)
         component = torch.where(too_small, least, grad_out.gather(-1, index))
-        if grad_out.is_cuda or too_small.any():  # asking a GPU would wait for it
+        if grad_out.is_cuda or too_small.any():
             grad_out = grad_out.scatter(-1, index, component)
         value = (rest / component.to(dtype)).to(out.dtype)
         carrier.scatter_(-1, index, torch.where(wanted, value, carrier.gather(-1, index)))

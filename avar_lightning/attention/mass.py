@@ -2,8 +2,9 @@
 
 The mass of a key group is the share of a query's softmax that falls on the group's keys. A fused kernel does
 not return it, so the probabilities are computed again here, a block of query rows at a time: memory is one
-block, the work is proportional to the rows that were asked for, and everything is float32 (float64 for
-float64 inputs) whatever the model's dtype. Backward builds each block once more from the row's normaliser
+block, the work is proportional to the rows that were asked for, and sums and probabilities are float32 (float64 for
+float64 inputs) whatever the model's dtype. On CUDA bfloat16 is multiplied as it is, and gradients of logits are
+rounded to it, as attention's own are. Backward builds each block once more from the row's normaliser
 instead of keeping it. Where a kernel tells the normaliser (`fused`), only the keys of the groups are computed.
 
 Shape letters: B batch, H query heads, M key heads (H = M·R), Q query rows, K keys, D head dimension, G key
@@ -322,7 +323,10 @@ def _softmax_(logits_BHQK: Tensor) -> Tensor:
 
 def _product(left: Tensor, right: Tensor, factor: float) -> Tensor:
     """`factor` · `left` @ `right`, summed in float32 (float64)."""
-    if right.dtype == torch.bfloat16:
+    needs_graph = torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)
+    if right.dtype == torch.bfloat16 and needs_graph:  # which PyTorch has no derivative for
+        product = left.float() @ right.float()
+    elif right.dtype == torch.bfloat16:
         flat = left.to(right.dtype).flatten(0, -3), right.flatten(0, -3)
         product = torch.bmm(*flat, out_dtype=torch.float32).view(*left.shape[:-1], right.shape[-1])
     else:

@@ -75,7 +75,6 @@ class ForwardObserver:
                 f"layer {layer} attends from {call.q_BHND.shape[2]} of the forward's {rows.shape[1]} rows; "
                 "attention cannot be observed in a layer that drops rows."
             )
-        q_BHQD = rows.gather(call.q_BHND)
         softmax: dict[str, Any] = {
             "visible": self._visibility(call, rows),
             "scale": call.scale,
@@ -83,13 +82,13 @@ class ForwardObserver:
             "change": call.change_of(rows),
         }
         if told is None or call.softcap is not None:
-            mass_BHQG = attention_mass(q_BHQD, call.k_BMKD, self._groups_of(call), **softmax)
+            mass_BHQG = attention_mass(rows.gather(call.q_BHND), call.k_BMKD, self._groups_of(call), **softmax)
         elif told.mass_BHNG is not None:
             mass_BHQG = rows.gather(told.mass_BHNG)
         else:
             assert told.lse_BHN is not None
             lse_BHQ = rows.gather(told.lse_BHN.unsqueeze(-1)).squeeze(-1)
-            mass_BHQG = self._mass_of_grouped(call, q_BHQD, lse_BHQ, softmax)
+            mass_BHQG = self._mass_of_grouped(call, rows.gather(call.q_BHND), lse_BHQ, softmax)
         mass_BHNG = rows.scatter(mass_BHQG)
         masses = self.masses()
         if layer in self.done or masses is None:
@@ -97,7 +96,7 @@ class ForwardObserver:
         self.done.add(layer)
         masses.mass[layer] = mass_BHNG
         if masses.received is not None:
-            received_BHK = attention_received(q_BHQD, call.k_BMKD, rows.valid_BS, **softmax)
+            received_BHK = attention_received(rows.gather(call.q_BHND), call.k_BMKD, rows.valid_BS, **softmax)
             masses.received[layer] = self._by_position(received_BHK)
 
     def _mass_of_grouped(self, call: AttentionCall, q_BHQD: Tensor, lse_BHQ: Tensor, softmax: dict[str, Any]) -> Tensor:

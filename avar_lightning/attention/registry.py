@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from avar_lightning.attention.fused import LogSumExps, Told
+from avar_lightning.attention.fused import FusedCalls, Told
 from avar_lightning.attention.mass import Change
 from avar_lightning.attention.visibility import Selection
 
@@ -205,7 +205,7 @@ def _watched(
                 observer.observe(call, None)
             return steerings[0].attend(call, value, run, kwargs)
         groups_BKG = observers[0].many_groups(call) if len(observers) == 1 else None
-        with LogSumExps(groups_BKG) as overheard:
+        with FusedCalls(groups_BKG) as overheard:
             result = run(query, key, value, **kwargs)
         told = overheard.of(query, key, call.scale)
         for observer in observers:
