@@ -34,7 +34,7 @@ CALLS = {  # file and functions
     "observing": ("attention/observing.py", "observe", "many_groups"),
     "guidance loss": ("avar_lightning/guidance.py", "guide"),
     "logging": ("pytorch/core/module.py", "log"),
-    "optimizer": ("optim/adamw.py", "step"),
+    "optimizer": ("optim/adam.py", "adam"),
 }
 INSIDE = {  # what they call of the others
     "around it, forward": ("attention kernel, forward",),

@@ -178,12 +178,12 @@ class _FusedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        *inputs, out, lse = ctx.saved_tensors[:6]
-        others = [y if x is None else x for x, y in zip(ctx.saved_tensors[6:], ctx.numbers, strict=True)]
+        q, k, v, mask, out, lse, *tensors = ctx.saved_tensors  # once: checkpointing gives them no second time
+        others = tuple(y if x is None else x for x, y in zip(tensors, ctx.numbers, strict=True))
         grad = torch.zeros_like(out) if grad_out is None else grad_out
         if grad_lse is not None:
             grad, out = carry_gradient(grad, out, grad_lse)
-        dq, dk, dv = ctx.kernel.backward(grad, (*inputs, ctx.is_causal, ctx.scale), out, lse, tuple(others))
+        dq, dk, dv = ctx.kernel.backward(grad, (q, k, v, mask, ctx.is_causal, ctx.scale), out, lse, others)
         return dq, dk, None if grad_out is None else dv, None, None, None, None
 
 

@@ -195,8 +195,9 @@ def test_one_row_whose_heads_stand_in_rows() -> None:
     torch.testing.assert_close(told.lse_BHN, logits.logsumexp(-1))
 
 
+@pytest.mark.parametrize("groups", [None, torch.ones(BATCH, LENGTH - 1, 2).bool()], ids=["", "groups of others"])
 @pytest.mark.parametrize("how", ["dropout", "float16", "mask with a gradient", "twice", "other scale", "other keys"])
-def test_what_cannot_be_told_is_not_told(how: str) -> None:
+def test_what_cannot_be_told_is_not_told(how: str, groups: Tensor | None) -> None:
     q, k, v = tensors(torch.float16 if how == "float16" else torch.float32)
     options: dict[str, Any] = {"scale": 0.3, "enable_gqa": True, "dropout_p": 0.2 if how == "dropout" else 0.0}
     if how == "mask with a gradient":
@@ -204,11 +205,11 @@ def test_what_cannot_be_told_is_not_told(how: str) -> None:
     torch.manual_seed(0)
     plain = scaled_dot_product_attention(q, k, v, **options)
     torch.manual_seed(0)
-    with FusedCalls() as overheard:
+    with FusedCalls(groups) as overheard:
         out = scaled_dot_product_attention(q, k, v, **options)
         if how == "twice":
             scaled_dot_product_attention(q, k, v, **options)
-    assert torch.equal(out, plain)
+    torch.testing.assert_close(out, plain)
     assert overheard.of(q, k[:, :, 1:] if how == "other keys" else k, 0.4 if how == "other scale" else 0.3) is None
 
 
@@ -293,6 +294,23 @@ def test_a_kernel_that_does_not_carry_the_gradient_is_found_out(monkeypatch: pyt
         out = scaled_dot_product_attention(q, k, v, scale=0.3, enable_gqa=True)
     assert overheard.of(q, k, 0.3) is None
     assert torch.equal(out, scaled_dot_product_attention(q, k, v, scale=0.3, enable_gqa=True))
+
+
+class Broken(CPUFlash):
+    """A kernel without a backward."""
+
+    def backward(self, *args: Any) -> Any:
+        """It has none."""
+        raise RuntimeError("no kernel image")
+
+
+def test_a_kernel_that_fails_when_it_is_tried_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = tensors(torch.float32)
+    monkeypatch.setitem(KERNELS, ("cpu", SDPBackend.FLASH_ATTENTION.value), Broken())
+    with pytest.warns(UserWarning, match=r"does not carry .*it says: no kernel image"), FusedCalls() as overheard:
+        out = scaled_dot_product_attention(q, k, v, scale=0.3, enable_gqa=True)
+    assert overheard.of(q, k, 0.3) is None
+    out.sum().backward()
 
 
 def test_trying_a_kernel_draws_no_random_numbers() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -27,6 +29,7 @@ from avar_lightning.attention import (
     observing,
     steer_attention,
 )
+from avar_lightning.attention.fused import Told
 from avar_lightning.attention.reference import eager_probabilities, mass_of_probabilities
 from avar_lightning.roles import Role
 from tests.factories import Batch, Conversation, make_batch, tiny_vlm
@@ -80,6 +83,13 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
 
 
+@pytest.fixture(params=[0.0, math.inf], ids=["wider heads", "log-sum-exps"])
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many rows and keys there are, masses beside SDPA take this way."""
+    monkeypatch.setattr(observing, "MANY", request.param)
+
+
+@pytest.mark.usefixtures("_way")
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("padding_side", ["right", "left"])
 @pytest.mark.parametrize("conversations", [MIXED[:1], MIXED], ids=["unpadded", "padded"])
@@ -138,6 +148,7 @@ def test_autocast() -> None:
     assert all(grad.isfinite().all() for grad in gradients(model).values())
 
 
+@pytest.mark.usefixtures("_way")
 def test_padding_side_does_not_matter() -> None:
     model = tiny_vlm()
     left, right = make_batch(*MIXED, padding_side="left"), make_batch(*MIXED, padding_side="right")
@@ -180,6 +191,7 @@ def test_an_exception_leaves_nothing_behind() -> None:
     assert model(**batch.inputs).logits.equal(before)
 
 
+@pytest.mark.usefixtures("_way")
 @pytest.mark.parametrize("backward_inside", [True, False])
 def test_gradient_checkpointing(backward_inside: bool) -> None:
     batch = make_batch(*MIXED)
@@ -223,6 +235,7 @@ def test_nothing_is_kept_alive() -> None:
     assert mass() is None
 
 
+@pytest.mark.usefixtures("_way")
 def test_lora() -> None:
     batch = make_batch(*MIXED)
     model = get_peft_model(tiny_vlm(), LoraConfig(r=2, target_modules=["q_proj", "k_proj"], init_lora_weights=False))
@@ -232,6 +245,29 @@ def test_lora() -> None:
     assert all("lora" in name for name in gradients(model))
     merged = model.merge_and_unload()
     torch.testing.assert_close(record.stacked(), observed(merged, batch).stacked(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("how", "wider"), [("alone", True), ("two", False), ("without gradient", False), ("few rows", False)]
+)
+def test_wider_heads_are_for_one_that_wants_a_gradient_of_many(
+    how: str, wider: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Told | None] = []
+    observe = observing.ForwardObserver.observe
+
+    def spy(self: Any, call: Any, what: Told | None = None) -> None:
+        told.append(what)
+        observe(self, call, what)
+
+    monkeypatch.setattr(observing.ForwardObserver, "observe", spy)
+    batch, model = make_batch(Conversation(images=2, response=40)), tiny_vlm()
+    queries = (Role.USER,) if how == "few rows" else (Role.RESPONSE,)
+    second = observe_attention(model, batch.role_ids) if how == "two" else nullcontext()
+    with torch.set_grad_enabled(how != "without gradient"), second:
+        observed(model, batch, queries=queries)
+    assert {each is not None and each.mass_BHNG is not None for each in told} == {wider}
+    assert {each is not None and each.lse_BHN is not None for each in told} == {not wider}
 
 
 def test_only_the_chosen_layers_and_rows() -> None:

@@ -120,7 +120,7 @@ def test_low_precision_inputs_give_float32_masses(dtype: torch.dtype) -> None:
     torch.testing.assert_close(dk, exact_dk.to(dtype))
 
 
-def bmm_on_tensor_cores(left: Tensor, right: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+def bmm_on_tensor_cores(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> Tensor:
     """`torch.bmm` with wider sums of 16-bit factors, which a CPU has not."""
     assert left.dtype == right.dtype == torch.bfloat16
     return left.to(out_dtype) @ right.to(out_dtype)
@@ -138,6 +138,20 @@ def test_products_of_bfloat16_factors_round_gradients_alone(monkeypatch: pytest.
     torch.testing.assert_close(ours, exact.float(), rtol=1e-5, atol=1e-6)
     for mine, theirs in zip(gradients, torch.autograd.grad(exact.square().sum(), exact_inputs), strict=True):
         assert (mine.double() - theirs).norm() / theirs.norm() < 2**-8
+
+
+def test_attention_of_rows_has_a_gradient_where_factors_are_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's product with wider sums has none."""
+    monkeypatch.setattr(mass, "_factor_dtype", lambda q, k: torch.bfloat16)
+    monkeypatch.setattr(torch, "bmm", lambda *factors, out_dtype: bmm_on_tensor_cores(*factors, out_dtype).detach())
+    q, k, _ = tensors(torch.bfloat16)
+    out, _ = mass.attention_of_rows(q, k, k.detach(), visible=Causal(all_rows()), change=None, scale=0.3)
+    exact_inputs = [each.detach().double().requires_grad_() for each in (q, k)]
+    values = k.detach().double().repeat_interleave(HEADS // KEY_HEADS, dim=1)
+    exact = eager_probabilities(*exact_inputs, triangle(), scale=0.3) @ values
+    ours = torch.autograd.grad(out.float().square().sum(), (q, k))
+    for mine, theirs in zip(ours, torch.autograd.grad(exact.square().sum(), exact_inputs), strict=True):
+        assert (mine.double() - theirs).norm() / theirs.norm() < 2**-5
 
 
 @pytest.mark.gpu
