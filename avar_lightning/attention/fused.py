@@ -49,8 +49,8 @@ class FusedCalls(TorchFunctionMode):
     nothing.
 
     Args:
-        groups_BKG: Groups whose masses are wanted from a wider head, where that is possible and a gradient goes through
-            the call; outputs are then equal up to rounding.
+        groups_BKG: Groups whose masses are wanted from a wider head, where that is possible; outputs are then equal up
+            to rounding.
     """
 
     def __init__(self, groups_BKG: Tensor | None = None) -> None:
@@ -112,22 +112,17 @@ class FusedCalls(TorchFunctionMode):
             self._calls.append((None, query.shape, key.shape, scale))
             return scaled_dot_product_attention(query, key, value, attn_mask, **options)
         query, key, value, attn_mask = cast
-        trains = query.requires_grad or key.requires_grad
-        given_mask = attn_mask
+        given_mask, groups = attn_mask, self._groups_BKG
         if attn_mask is not None:
             attn_mask = kernel.additive(attn_mask, query.dtype)
-        groups = self._groups_BKG
-        if (
-            trains
-            and torch.is_grad_enabled()
-            and groups is not None
-            and _can_be_wider(kernel, query, key, value, groups)
-        ):
+        trains = query.requires_grad or key.requires_grad
+        if groups is not None and _can_be_wider(kernel, query, key, value, groups):
             out, mass = _WiderAttention.apply(query, key, value, attn_mask, groups, is_causal, scale, kernel)
             if given_mask is not None:
                 # A kernel lets a row that sees nothing look everywhere, where its mask has other numbers than -inf.
                 mass = mass.masked_fill(_is_blind(given_mask).unsqueeze(-1), 0.0)
-            self._calls.append((Told(None, mass), query.shape, key.shape, scale))
+            told = Told(None, mass if trains else mass.detach())
+            self._calls.append((told, query.shape, key.shape, scale))
             return out
         out, lse = _FusedAttention.apply(query, key, value, attn_mask, is_causal, scale, kernel)
         # Where only values train, masses have no gradient.

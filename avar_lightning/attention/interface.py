@@ -43,8 +43,8 @@ def observe_attention(
     """Record how much attention the queries pay to each group of keys, in every forward inside the context.
 
     The masses are exact, float32 and differentiable when the forward is; attention dropout does not enter
-    them. The model's own output is untouched, during and after (while training in float32 on a CPU with many rows and
-    keys, up to rounding, though no difference was ever seen). The record holds the last fresh forward and
+    them. The model's own output is untouched, during and after (in float32 on a CPU with many rows and keys, up to
+    rounding, though no difference was ever seen). The record holds the last fresh forward and
     its cached continuations, so a whole `generate`, whose new tokens count as responses (also those that pad
     a finished sequence). Contexts nest. Inside, compiled decoder layers stay compiled but for their attention, and a
     model that is compiled as a whole runs eagerly. Gradient checkpointing works unless it is the reentrant kind.

@@ -21,6 +21,10 @@ MANY = 1 / 12
 """Share of all pairs of rows and keys from which on masses are cheaper from wider heads (measured: docs/log.md)."""
 
 
+FEWEST_ROWS = 16
+"""Of a call whose heads may grow: for less it would take longer to copy the keys."""
+
+
 class ForwardObserver:
     """One observed forward, as its attention layers see it. Holds no masses and no graph."""
 
@@ -52,7 +56,7 @@ class ForwardObserver:
 
     def many_groups(self, call: AttentionCall) -> Tensor | None:
         """Groups of keys (B, K, G) where they and the rows are so many that masses had better be the kernel's."""
-        if not self.with_grad or call.softcap is not None:
+        if call.softcap is not None or call.q_BHND.shape[2] < FEWEST_ROWS:
             return None
         rows, (keys, _) = self._rows_on(call.q_BHND.device), self._grouped_of(call)
         pairs = rows.index_BS.shape[1] * keys.index_BS.shape[1]
