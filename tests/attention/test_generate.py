@@ -75,6 +75,7 @@ def test_only_the_keys_of_the_groups_are_computed(
         return attention_mass(q, k, *args, **kwargs)
 
     monkeypatch.setattr(observing, "attention_mass", counted)
+    monkeypatch.setattr(observing, "MANY", 1.0)  # no wider heads in the prefill
     batch = prompts if padded else make_batch(PROMPTS[0])
     grouped = ((batch.role_ids == Role.IMAGE) | (batch.role_ids == Role.SYSTEM)).sum(1).max().item()
     with observe_attention(model, batch.role_ids, queries=QUERIES):
