@@ -65,7 +65,6 @@ def work_of(name: str, length: int, num_image: int, phase: str, args: Any) -> Ca
             return [out, attention_mass(rows.gather(q), k, groups, visible=Causal(rows))]
         if told.mass_BHNG is not None:
             return [out, rows.gather(told.mass_BHNG)]
-        assert told.lse_BHN is not None
         visible = OnKeys(Causal(rows), keys)
         lse_BHQ = rows.gather(told.lse_BHN[..., None])[..., 0]
         return [out, attention_mass(rows.gather(q), keys.gather(k), of_keys, visible=visible, lse_BHQ=lse_BHQ)]

@@ -12,7 +12,7 @@ Shape letters: B batch, H query heads, M key heads (H = M·R), N rows, K keys, D
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,31 +32,37 @@ class Told(NamedTuple):
     """What a kernel told of the rows of its call.
 
     Attributes:
-        lse_BHN: Log-sum-exps, natural, of the scaled and masked logits, float32 (float64 for float64 inputs); None
-            where masses are known.
+        lse_BHN: Log-sum-exps, natural, of the scaled and masked logits, float32 (float64 for float64 inputs).
         mass_BHNG: Masses of the groups that were asked for, the same; None where they are not known.
     """
 
-    lse_BHN: Tensor | None
+    lse_BHN: Tensor
     mass_BHNG: Tensor | None = None
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Told:
+        """The same with every tensor changed."""
+        return Told(change(self.lse_BHN), None if self.mass_BHNG is None else change(self.mass_BHNG))
 
-class FusedCalls(TorchFunctionMode):
-    """While active, scaled dot product attention runs as always, and the log-sum-exps of its fused calls are kept.
+    def split(self, sizes: Sequence[int]) -> list[Told]:
+        """What concerns each of several who asked together, some for no groups."""
+        if self.mass_BHNG is None:
+            return [self] * len(sizes)
+        masses = self.mass_BHNG.split(list(sizes), dim=-1)
+        return [Told(self.lse_BHN, mass if mass.shape[-1] else None) for mass in masses]
 
-    Without groups outputs and their gradients are those of `scaled_dot_product_attention`, bit for bit, as long as
-    nobody differentiates a log-sum-exp. Calls that PyTorch does not give to one of the kernels run as always and tell
-    nothing.
 
-    Args:
-        groups_BKG: Groups whose masses are wanted from a wider head, where that is possible; outputs are then equal up
-            to rounding.
-    """
+class Overheard:
+    """Calls of attention, and what their kernels told."""
 
-    def __init__(self, groups_BKG: Tensor | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._groups_BKG = groups_BKG
         self._calls: list[tuple[Told | None, torch.Size, torch.Size, float | None]] = []
+
+    def keep(self, told: Told | None, query: Tensor, key: Tensor, scale: float | None) -> None:
+        """Keep what a call told; where queries and keys do not train, neither has it a gradient."""
+        if told is not None and not (query.requires_grad or key.requires_grad):
+            told = told.map(Tensor.detach)
+        self._calls.append((told, query.shape, key.shape, scale))
 
     def of(self, query: Tensor, key: Tensor, scale: float | None) -> Told | None:
         """What the only call told.
@@ -77,8 +83,25 @@ class FusedCalls(TorchFunctionMode):
         batch, heads, rows, width = query.shape
         # transformers hands the query heads of one row over as rows of their key head.
         if rows == 1 and queries == (batch, key.shape[1], heads // key.shape[1], width):
-            return Told(*(each if each is None else each.reshape(batch, heads, 1, *each.shape[3:]) for each in told))
+            return told.map(lambda each: each.reshape(batch, heads, 1, *each.shape[3:]))
         return told if queries == query.shape else None
+
+
+class FusedCalls(Overheard, TorchFunctionMode):
+    """While active, scaled dot product attention runs as always, and what its fused calls tell is kept.
+
+    Without groups outputs and their gradients are those of `scaled_dot_product_attention`, bit for bit, as long as
+    nobody differentiates a log-sum-exp. Calls that PyTorch does not give to one of the kernels run as always and tell
+    nothing.
+
+    Args:
+        groups_BKG: Groups whose masses are wanted from a wider head, where that is possible; outputs are then equal up
+            to rounding.
+    """
+
+    def __init__(self, groups_BKG: Tensor | None = None) -> None:
+        super().__init__()
+        self._groups_BKG = groups_BKG
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -109,24 +132,18 @@ class FusedCalls(TorchFunctionMode):
         cast = as_autocast(query, key, value, attn_mask)
         kernel = kernel_of(*cast, **options)
         if kernel is None:
-            self._calls.append((None, query.shape, key.shape, scale))
+            self.keep(None, query, key, scale)
             return scaled_dot_product_attention(query, key, value, attn_mask, **options)
         query, key, value, attn_mask = cast
-        given_mask, groups = attn_mask, self._groups_BKG
-        if attn_mask is not None:
-            attn_mask = kernel.additive(attn_mask, query.dtype)
-        trains = query.requires_grad or key.requires_grad
-        if groups is not None and _can_be_wider(kernel, query, key, value, groups):
-            out, mass = _WiderAttention.apply(query, key, value, attn_mask, groups, is_causal, scale, kernel)
-            if given_mask is not None:
-                # A kernel lets a row that sees nothing look everywhere, where its mask has other numbers than -inf.
-                mass = mass.masked_fill(_is_blind(given_mask).unsqueeze(-1), 0.0)
-            told = Told(None, mass if trains else mass.detach())
-            self._calls.append((told, query.shape, key.shape, scale))
-            return out
-        out, lse = _FusedAttention.apply(query, key, value, attn_mask, is_causal, scale, kernel)
-        # Where only values train, masses have no gradient.
-        self._calls.append((Told(lse if trains else lse.detach()), query.shape, key.shape, scale))
+        mask = None if attn_mask is None else kernel.additive(attn_mask, query.dtype)
+        groups = self._groups_BKG
+        if groups is not None and not _can_be_wider(kernel, query, key, value, groups):
+            groups = None
+        out, lse, mass = _FusedAttention.apply(query, key, value, mask, groups, is_causal, scale, kernel)
+        if mass is not None and attn_mask is not None and attn_mask.dtype != torch.bool:
+            # A kernel lets a row that sees nothing look everywhere, where its mask has other numbers than -inf.
+            mass = mass.masked_fill(is_hidden(attn_mask).all(-1, keepdim=True), 0.0)
+        self.keep(Told(lse, mass), query, key, scale)
         return out
 
 
@@ -134,11 +151,6 @@ def _can_be_wider(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, gro
     is_exact = isinstance(kernel, CPUFlash) and query.dtype in (torch.float32, torch.float64)
     is_their_call = groups_BKG.shape[:2] == (key.shape[0], key.shape[2]) and groups_BKG.device == key.device
     return is_exact and is_their_call and value.shape[-1] == query.shape[-1]
-
-
-def _is_blind(mask: Tensor) -> Tensor:
-    """Rows that see no key at all, (B, H or 1, N) or (N,)."""
-    return (~mask if mask.dtype == torch.bool else is_hidden(mask)).all(-1)
 
 
 def as_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -152,40 +164,10 @@ def as_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 class _FusedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-        kernel: Kernel,
-    ) -> tuple[Tensor, Tensor]:
-        out, lse, others = kernel.forward(q, k, v, mask, is_causal, scale)
-        ctx.save_for_backward(q, k, v, mask, out, lse, *(x if isinstance(x, Tensor) else None for x in others))
-        ctx.numbers = [None if isinstance(x, Tensor) else x for x in others]
-        ctx.is_causal, ctx.scale, ctx.kernel = is_causal, scale, kernel
-        ctx.set_materialize_grads(False)
-        return out, lse
+    """Output, log-sum-exp (B, H, N), and masses (B, H, N, G) of the groups, if there are any.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, mask, out, lse, *tensors = ctx.saved_tensors  # once: checkpointing gives them no second time
-        others = tuple(y if x is None else x for x, y in zip(tensors, ctx.numbers, strict=True))
-        grad = torch.zeros_like(out) if grad_out is None else grad_out
-        if grad_lse is not None:
-            grad, out = carry_gradient(grad, out, grad_lse)
-        dq, dk, dv = ctx.kernel.backward(grad, (q, k, v, mask, ctx.is_causal, ctx.scale), out, lse, others)
-        return dq, dk, None if grad_out is None else dv, None, None, None, None
-
-
-class _WiderAttention(torch.autograd.Function):
-    """Output, and masses (B, H, N, G) as what is attended to of values that say in which groups their keys are.
-
-    What is kept for the backward is as wide as the heads were, and the output lies in memory as SDPA's does.
+    Masses are what is attended to of further values, which say in which groups their keys are. What is kept for the
+    backward is as wide as the heads were, and the output lies in memory as SDPA's does.
     """
 
     @staticmethod
@@ -195,44 +177,58 @@ class _WiderAttention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         mask: Tensor | None,
-        groups_BKG: Tensor,
+        groups_BKG: Tensor | None,
         is_causal: bool,
         scale: float | None,
         kernel: Kernel,
-    ) -> tuple[Tensor, Tensor]:
-        width, num_groups = q.shape[-1], groups_BKG.shape[-1]
-        scale = width**-0.5 if scale is None else scale
-        wide, lse, _ = kernel.forward(*_widened(q, k, v, groups_BKG), mask, is_causal, scale)
-        out = wide[..., :width].transpose(1, 2).contiguous().transpose(1, 2)
-        mass = wide[..., width : width + num_groups].contiguous()
-        ctx.save_for_backward(q, k, v, mask, groups_BKG, out, mass, lse)
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        width = q.shape[-1]
+        if groups_BKG is not None and scale is None:
+            scale = width**-0.5
+        out, lse, others = kernel.forward(*_widened(q, k, v, groups_BKG), mask, is_causal, scale)
+        mass = None
+        if groups_BKG is not None:
+            mass = out[..., width : width + groups_BKG.shape[-1]].contiguous()
+            out = out[..., :width].transpose(1, 2).contiguous().transpose(1, 2)
+        tensors = (x if isinstance(x, Tensor) else None for x in others)
+        ctx.save_for_backward(q, k, v, mask, groups_BKG, out, lse, mass, *tensors)
+        ctx.numbers = [None if isinstance(x, Tensor) else x for x in others]
         ctx.is_causal, ctx.scale, ctx.kernel = is_causal, scale, kernel
         ctx.set_materialize_grads(False)
-        return out, mass
+        return out, lse, mass
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor | None, grad_mass: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, mask, groups_BKG, out, mass, lse = ctx.saved_tensors
+    def backward(
+        ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, grad_mass: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        # Once: checkpointing gives them no second time.
+        q, k, v, mask, groups_BKG, out, lse, mass, *tensors = ctx.saved_tensors
+        others = tuple(y if x is None else x for x, y in zip(tensors, ctx.numbers, strict=True))
         width = q.shape[-1]
-        more = _more(groups_BKG)
-
-        def beside(left: Tensor, right: Tensor) -> Tensor:
-            return torch.cat([left, pad(right, (0, more - right.shape[-1]))], dim=-1)
-
-        grad = beside(*(torch.zeros_like(x) if g is None else g for x, g in ((out, grad_out), (mass, grad_mass))))
+        grad = torch.zeros_like(out) if grad_out is None else grad_out
+        if groups_BKG is not None:
+            grad = _beside(grad, torch.zeros_like(mass) if grad_mass is None else grad_mass)
+            out = _beside(out, mass)
+        if grad_lse is not None:
+            grad, out = carry_gradient(grad, out, grad_lse)
         inputs = (*_widened(q, k, v, groups_BKG), mask, ctx.is_causal, ctx.scale)
-        dq, dk, dv = (each[..., :width] for each in ctx.kernel.backward(grad, inputs, beside(out, mass), lse, ()))
+        dq, dk, dv = (each[..., :width] for each in ctx.kernel.backward(grad, inputs, out, lse, others))
         return dq, dk, None if grad_out is None else dv, None, None, None, None, None
 
 
-def _more(groups_BKG: Tensor) -> int:
-    return -(-groups_BKG.shape[-1] // WIDER_BY) * WIDER_BY
-
-
-def _widened(q: Tensor, k: Tensor, v: Tensor, groups_BKG: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys with zeros, values with which groups their keys are in."""
-    more = _more(groups_BKG)
+def _widened(q: Tensor, k: Tensor, v: Tensor, groups_BKG: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """With groups queries and keys with zeros, values with which groups their keys are in; else as they are."""
+    if groups_BKG is None:
+        return q, k, v
+    more = _more(groups_BKG.shape[-1])
     indicator_BMKG = groups_BKG[:, None].to(v.dtype).expand(-1, v.shape[1], -1, -1)
-    wider_v = torch.cat([v, pad(indicator_BMKG, (0, more - groups_BKG.shape[-1]))], dim=-1)
-    return pad(q, (0, more)), pad(k, (0, more)), wider_v
+    return pad(q, (0, more)), pad(k, (0, more)), _beside(v, indicator_BMKG)
+
+
+def _beside(left: Tensor, right: Tensor) -> Tensor:
+    return torch.cat([left, pad(right, (0, _more(right.shape[-1]) - right.shape[-1]))], dim=-1)
+
+
+def _more(num_groups: int) -> int:
+    return -(-num_groups // WIDER_BY) * WIDER_BY

@@ -100,6 +100,7 @@ def attention_received(
     scale: float | None = None,
     softcap: float | None = None,
     change: Change | None = None,
+    lse_BHQ: Tensor | None = None,
 ) -> Tensor:
     """Weighted sum over query rows of the probability that each key receives; no gradient.
 
@@ -113,16 +114,21 @@ def attention_received(
         scale: Factor of the logits, D^-0.5 by default.
         softcap: As in `attention_mass`.
         change: As in `attention_mass`.
+        lse_BHQ: As in `attention_mass`, for all keys.
 
     Returns:
         (B, H, K), float32 (float64 for float64 queries).
     """
     scale = q_BHQD.shape[-1] ** -0.5 if scale is None else scale
     received_BHK = q_BHQD.new_zeros(*q_BHQD.shape[:2], k_BMKD.shape[2], dtype=_compute_dtype(q_BHQD))
+    lse_BHQ = None if lse_BHQ is None else _usable(lse_BHQ, received_BHK.dtype)
     with torch.autocast(q_BHQD.device.type, enabled=False):
         for block in _blocks(q_BHQD, k_BMKD, visible, scale, softcap, change):
             logits_BHQK, _ = block.logits()
-            _softmax_(logits_BHQK)
+            if lse_BHQ is None:
+                _softmax_(logits_BHQK)
+            else:
+                logits_BHQK.sub_(lse_BHQ[:, :, block.start : block.stop, None]).exp_()
             weights_B1Q = weights_BQ[:, None, None, block.start : block.stop].to(received_BHK.dtype)
             received_BHK[:, :, : block.num_keys] += (weights_B1Q @ logits_BHQK).squeeze(2)
     return received_BHK
@@ -184,11 +190,7 @@ class _AttentionMass(torch.autograd.Function):
         dtype = _compute_dtype(q_BHQD)
         mass_BHQG = q_BHQD.new_empty(*q_BHQD.shape[:3], groups_BKG.shape[2], dtype=dtype)
         ctx.lse_is_given = lse_BHQ is not None
-        if lse_BHQ is None:
-            lse_BHQ = q_BHQD.new_empty(q_BHQD.shape[:3], dtype=dtype)
-        else:
-            # A row that sees nothing has none, and no logit either.
-            lse_BHQ = lse_BHQ.to(dtype).masked_fill(~lse_BHQ.isfinite(), 0.0)
+        lse_BHQ = q_BHQD.new_empty(q_BHQD.shape[:3], dtype=dtype) if lse_BHQ is None else _usable(lse_BHQ, dtype)
         indicator_B1KG = groups_BKG[:, None].to(dtype)
         with torch.autocast(q_BHQD.device.type, enabled=False):
             for block in _blocks(q_BHQD, k_BMKD, visible, scale, softcap, change):
@@ -307,6 +309,11 @@ def _blocks(
     step = max(1, block_bytes // max(1, row_bytes))
     for start in range(0, num_rows, step):
         yield _Block(start, q_BHQD[:, :, start : start + step], k_BMKD, visible, scale, softcap, change)
+
+
+def _usable(lse_BHQ: Tensor, dtype: torch.dtype) -> Tensor:
+    """A row that sees nothing has none, and no logit either."""
+    return lse_BHQ.to(dtype).masked_fill(~lse_BHQ.isfinite(), 0.0)
 
 
 def _softmax_(logits_BHQK: Tensor) -> Tensor:

@@ -85,14 +85,12 @@ class ForwardObserver:
             "softcap": call.softcap,
             "change": call.change_of(rows),
         }
-        if told is None or call.softcap is not None:
+        if told is None:
             mass_BHQG = attention_mass(rows.gather(call.q_BHND), call.k_BMKD, self._groups_of(call), **softmax)
         elif told.mass_BHNG is not None:
             mass_BHQG = rows.gather(told.mass_BHNG)
         else:
-            assert told.lse_BHN is not None
-            lse_BHQ = rows.gather(told.lse_BHN.unsqueeze(-1)).squeeze(-1)
-            mass_BHQG = self._mass_of_grouped(call, rows.gather(call.q_BHND), lse_BHQ, softmax)
+            mass_BHQG = self._mass_of_grouped(call, told, rows, softmax)
         mass_BHNG = rows.scatter(mass_BHQG)
         masses = self.masses()
         if layer in self.done or masses is None:
@@ -100,19 +98,26 @@ class ForwardObserver:
         self.done.add(layer)
         masses.mass[layer] = mass_BHNG
         if masses.received is not None:
-            received_BHK = attention_received(rows.gather(call.q_BHND), call.k_BMKD, rows.valid_BS, **softmax)
-            masses.received[layer] = self._by_position(received_BHK)
+            masses.received[layer] = self._received(call, told, rows, softmax)
 
-    def _mass_of_grouped(self, call: AttentionCall, q_BHQD: Tensor, lse_BHQ: Tensor, softmax: dict[str, Any]) -> Tensor:
-        """Masses from the keys of the groups alone."""
+    def _mass_of_grouped(self, call: AttentionCall, told: Told, rows: Selection, softmax: dict[str, Any]) -> Tensor:
+        """Masses (B, H, Q, G) from the keys of the groups alone."""
         keys, groups_BCG = self._grouped_of(call)
         visible = softmax["visible"]
         if id(visible) not in self.seen_of_grouped:
             self.seen_of_grouped[id(visible)] = OnKeys(visible, keys)
         # The numbers that the kernel made its log-sum-exp of.
-        q_BHQD, k_BMCD = as_autocast(q_BHQD, keys.gather(call.k_BMKD))
-        arguments = softmax | {"visible": self.seen_of_grouped[id(visible)], "lse_BHQ": lse_BHQ}
+        q_BHQD, k_BMCD = as_autocast(rows.gather(call.q_BHND), keys.gather(call.k_BMKD))
+        arguments = softmax | {"visible": self.seen_of_grouped[id(visible)], "lse_BHQ": _lse_of(told, rows)}
         return attention_mass(q_BHQD, k_BMCD, groups_BCG, **arguments)
+
+    def _received(self, call: AttentionCall, told: Told | None, rows: Selection, softmax: dict[str, Any]) -> Tensor:
+        """What every position receives from the rows, (B, H, positions)."""
+        q_BHQD, k_BMKD = rows.gather(call.q_BHND), call.k_BMKD
+        if told is not None:
+            q_BHQD, k_BMKD = as_autocast(q_BHQD, k_BMKD)
+            softmax = softmax | {"lse_BHQ": _lse_of(told, rows)}
+        return self._by_position(attention_received(q_BHQD, k_BMKD, rows.valid_BS, **softmax))
 
     def _rows_on(self, device: torch.device) -> Selection:
         """The query rows, on the device of the layer (the layers of one model may be spread over several)."""
@@ -147,3 +152,8 @@ class ForwardObserver:
         """Undo `roles_of_keys`: (B, H, K) to (B, H, positions)."""
         surplus = received_BHK.shape[2] - self.role_ids.shape[1]
         return pad(received_BHK, (-surplus, 0) if surplus < 0 else (0, -surplus))
+
+
+def _lse_of(told: Told, rows: Selection) -> Tensor:
+    """Log-sum-exps of the rows, (B, H, Q)."""
+    return rows.gather(told.lse_BHN.unsqueeze(-1)).squeeze(-1)

@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from avar_lightning.attention.flex import FlexCalls
 from avar_lightning.attention.fused import FusedCalls, Told
 from avar_lightning.attention.mass import Change
 from avar_lightning.attention.visibility import Selection
@@ -204,12 +205,18 @@ def _watched(
             for observer in observers:
                 observer.observe(call, None)
             return steerings[0].attend(call, value, run, kwargs)
-        groups_BKG = observers[0].many_groups(call) if len(observers) == 1 else None
-        with FusedCalls(groups_BKG) as overheard:
+        groups = [observer.many_groups(call) for observer in observers]
+        wanted = [each for each in groups if each is not None]
+        is_flex = base == "flex_attention"
+        overheard = FlexCalls() if is_flex else FusedCalls(torch.cat(wanted, dim=-1) if wanted else None)
+        with overheard:
             result = run(query, key, value, **kwargs)
-        told = overheard.of(query, key, call.scale)
-        for observer in observers:
-            observer.observe(call, told)
+        # Of the fused ones Flex alone knows a cap.
+        told = overheard.of(query, key, call.scale) if is_flex or call.softcap is None else None
+        sizes = [0 if each is None else each.shape[-1] for each in groups]
+        parts = [None] * len(observers) if told is None else told.split(sizes)
+        for observer, part in zip(observers, parts, strict=True):
+            observer.observe(call, part)
         return result
 
 

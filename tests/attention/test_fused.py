@@ -23,7 +23,7 @@ from avar_lightning.attention.kernels import (
     carry_gradient,
 )
 from avar_lightning.attention.reference import eager_mass
-from avar_lightning.attention.visibility import Causal, Masked, OnKeys, Selection
+from avar_lightning.attention.visibility import Causal, Masked, OnKeys, Selection, in_groups
 
 BATCH, HEADS, KEY_HEADS, LENGTH, DIM = 2, 4, 2, 37, 16
 MASKS = ("everything", "causal", "bool", "bool by head", "additive", "lowest")
@@ -77,7 +77,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         out = scaled_dot_product_attention(q, k, v, **arguments(kind, q.dtype))
     told = overheard.of(q, k, 0.3)
     assert told is not None
-    assert told.lse_BHN is not None
     return out, told.lse_BHN
 
 
@@ -108,11 +107,11 @@ def test_wider_heads_give_the_masses_of_the_definition(kind: str, num_groups: in
     told = overheard.of(q, k, 0.3)
     assert told is not None
     assert told.mass_BHNG is not None
-    exact = expected(*inputs, kind)[0], eager_mass(q, k, groups, visible(kind), scale=0.3)
-    sees = visible(kind).any(-1)[..., None]
-    outputs = out, told.mass_BHNG
-    torch.testing.assert_close(outputs[1], exact[1])
-    weights = [torch.randn(each.shape, dtype=torch.float64) * sees for each in exact]
+    sees = visible(kind).any(-1)
+    exact = *expected(*inputs, kind), eager_mass(q, k, groups, visible(kind), scale=0.3)
+    outputs = out, told.lse_BHN, told.mass_BHNG
+    torch.testing.assert_close((told.lse_BHN.masked_fill(~sees, 0.0), told.mass_BHNG), exact[1:])
+    weights = [torch.randn(each.shape).double() * (sees if each.dim() == 3 else sees[..., None]) for each in exact]
     for ours, theirs in zip(
         torch.autograd.grad(outputs, inputs, weights), torch.autograd.grad(exact, inputs, weights), strict=True
     ):
@@ -374,7 +373,6 @@ def test_on_a_gpu(backend: SDPBackend, dtype: torch.dtype, width: int, kind: str
             out = scaled_dot_product_attention(q, k, v, **options, enable_gqa=key_heads != HEADS)
     told = overheard.of(q, k, None)
     assert told is not None
-    assert told.lse_BHN is not None
     lse = told.lse_BHN
     assert torch.equal(out, plain)
     exact = [each.detach().double().requires_grad_() for each in (q, k, v)]
@@ -408,13 +406,13 @@ def test_masses_from_the_keys_of_the_groups_alone(kind: str) -> None:
     groups = torch.rand(BATCH, LENGTH, 2, generator=generator) < torch.tensor([0.3, 0.2])
     groups[1, LENGTH // 2 :] = False  # samples have different numbers of keys
     rows = Selection(torch.rand(BATCH, LENGTH, generator=generator) < 0.5)
-    keys = Selection(groups.any(-1))
+    keys, of_keys = in_groups(groups)
     seen = Causal(rows) if kind == "causal" else Masked(rows, arguments(kind, torch.float64)["attn_mask"], LENGTH)
     out, lse = attend(*inputs, kind)
     masses = attention_mass(
         rows.gather(inputs[0]),
         keys.gather(inputs[1]),
-        groups.take_along_dim(keys.index_BS[..., None], 1) & keys.valid_BS[..., None],
+        of_keys,
         visible=OnKeys(seen, keys),
         scale=0.3,
         lse_BHQ=rows.gather(lse[..., None])[..., 0],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import weakref
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import pytest
@@ -23,7 +23,6 @@ from transformers.masking_utils import sdpa_mask
 
 from avar_lightning.attention import (
     AttentionRecord,
-    attention_mass,
     find_vlm,
     observe_attention,
     observing,
@@ -251,9 +250,9 @@ def test_lora() -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "wider"), [("alone", True), ("two", False), ("without gradient", True), ("few rows", False)]
+    ("how", "wider"), [("alone", {True}), ("without gradient", {True}), ("few rows", {False}), ("two", {False, True})]
 )
-def test_wider_heads_are_for_one_that_wants_many(how: str, wider: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wider_heads_are_for_those_who_want_many(how: str, wider: set[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Told | None] = []
     observe = observing.ForwardObserver.observe
 
@@ -267,8 +266,33 @@ def test_wider_heads_are_for_one_that_wants_many(how: str, wider: bool, monkeypa
     second = observe_attention(model, batch.role_ids) if how == "two" else nullcontext()
     with torch.set_grad_enabled(how != "without gradient"), second:
         observed(model, batch, queries=queries)
-    assert {each is not None and each.mass_BHNG is not None for each in told} == {wider}
-    assert {each is not None and each.lse_BHN is not None for each in told} == {not wider}
+    assert None not in told
+    assert {each.mass_BHNG is not None for each in told if each} == wider
+
+
+def test_several_observers_share_wider_heads(computed: list[tuple[int, int]]) -> None:
+    batch, model = make_batch(Conversation(images=2, response=40)), tiny_vlm()
+    wanted: list[dict[str, Any]] = [
+        {"queries": (Role.RESPONSE,), "keys": KEYS},
+        {"queries": (Role.USER,), "keys": KEYS},  # few: has them from the log-sum-exp
+        {"queries": (Role.IMAGE, Role.RESPONSE), "keys": (Role.USER, Role.RESPONSE, Role.IMAGE)},
+    ]
+    alone = [observed(model, batch, **each).stacked() for each in wanted]
+    computed.clear()
+    with ExitStack() as stack:
+        records = [stack.enter_context(observe_attention(model, batch.role_ids, **each)) for each in wanted]
+        model(**batch.inputs)
+    together = [record.stacked() for record in records]
+    num_users = int((batch.role_ids == Role.USER).sum())
+    num_grouped = int(torch.isin(batch.role_ids, torch.tensor(KEYS)).sum())
+    assert computed == [(num_users, num_grouped)] * len(records[0].layers)
+    torch.testing.assert_close(together, alone)
+    parameters = list(model.get_decoder().layers.parameters())
+    ours, theirs = (
+        torch.autograd.grad(sum(objective(each) for each in every), parameters, allow_unused=True)
+        for every in (together, alone)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_only_the_chosen_layers_and_rows() -> None:
@@ -284,20 +308,13 @@ def test_only_the_chosen_layers_and_rows() -> None:
 
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
 def test_work_is_proportional_to_the_rows_and_beside_a_fused_kernel_to_the_groups(
-    attn: str, monkeypatch: pytest.MonkeyPatch
+    attn: str, computed: list[tuple[int, int]]
 ) -> None:
-    work: list[tuple[int, int]] = []
-
-    def counted(q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        work.append((q.shape[2], k.shape[2]))
-        return attention_mass(q, k, *args, **kwargs)
-
-    monkeypatch.setattr(observing, "attention_mass", counted)
     batch = make_batch(Conversation(response=2), Conversation(response=3))
     observed(tiny_vlm(attn), batch, queries=(Role.RESPONSE,))
     role_ids = batch.role_ids
     grouped = ((role_ids == Role.IMAGE) | (role_ids == Role.SYSTEM)).sum(1).max().item()
-    assert set(work) == {(3, grouped if attn == "sdpa" else role_ids.shape[1])}
+    assert set(computed) == {(3, grouped if attn == "sdpa" else role_ids.shape[1])}
 
 
 @pytest.mark.slow

@@ -1,0 +1,49 @@
+"""FlexAttention's log-sum-exp, which is differentiable, before transformers rounds it to the dtype of the values."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest
+from transformers.integrations import flex_attention as integration
+
+from avar_lightning.attention.fused import Overheard, Told
+
+WITHOUT_LSE = ("cpu",)
+"""Devices where compiled FlexAttention has none."""
+
+
+class FlexCalls(Overheard):
+    """While active, FlexAttention runs as transformers calls it, and the log-sum-exps of its calls are kept.
+
+    What transformers calls is a name in its module, which stands for this object meanwhile; other threads that attend
+    at the same time wait.
+    """
+
+    _turn = threading.RLock()
+
+    def __enter__(self) -> Self:
+        self._turn.acquire()
+        self._theirs: Callable[..., Any] = integration.compile_friendly_flex_attention
+        integration.compile_friendly_flex_attention = self._attend  # type: ignore[assignment]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        integration.compile_friendly_flex_attention = self._theirs
+        self._turn.release()
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, return_aux: Any, **others: Any
+    ) -> Any:
+        if query.device.type in WITHOUT_LSE:
+            self.keep(None, query, key, scale)
+            return self._theirs(query, key, value, scale=scale, return_aux=return_aux, **others)
+        out, aux = self._theirs(query, key, value, scale=scale, return_aux=AuxRequest(lse=True), **others)
+        self.keep(Told(aux.lse), query, key, scale)
+        return out if return_aux is None else (out, aux)
