@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from avar_lightning.attention.decoder import LayerSpec, find_vlm, select_layers
 from avar_lightning.attention.observing import ForwardObserver
@@ -157,30 +158,31 @@ def steer_attention(
     intervention = Intervention(image, system, mode, rows, layers, heads)
     vlm = find_vlm(model)
     decoder = vlm.get_decoder()
-    steerer = _Steerer(intervention, RoleTracker(role_ids, context="steer_attention"), decoder)
+    steerer = _Steerer(intervention, RoleTracker(role_ids, context="steer_attention"), vlm)
     if not intervention.active:
         yield
         return
     install(decoder)
     with _hooked(decoder, steerer), ExitStack() as outer:
-        outer.callback(vlm.register_forward_pre_hook(steerer.see_padding, with_kwargs=True).remove)
+        if intervention.queries == "last":
+            outer.callback(vlm.register_forward_pre_hook(steerer.see_padding, with_kwargs=True).remove)
         yield
 
 
 class _Steerer:
     """One `steer_attention` context: gives each forward its `ForwardSteering`."""
 
-    def __init__(self, intervention: Intervention, tracker: RoleTracker, decoder: nn.Module) -> None:
+    def __init__(self, intervention: Intervention, tracker: RoleTracker, vlm: PreTrainedModel) -> None:
         self.intervention, self.tracker = intervention, tracker
         asked = intervention.layers if intervention.heads is None else sorted(intervention.heads)
-        self.layers = select_layers(asked, _num_layers(decoder))
+        self.layers = select_layers(asked, _num_layers(vlm.get_decoder()))
+        self.signature = inspect.signature(type(vlm).forward)
         self.latest: ForwardSteering | None = None
         self.padding: Any = None
 
     def see_padding(self, vlm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the whole model, which still has the mask that some families turn into others."""
-        signature = inspect.signature(type(vlm).forward)
-        self.padding = signature.bind_partial(vlm, *args, **kwargs).arguments.get("attention_mask")
+        self.padding = self.signature.bind_partial(vlm, *args, **kwargs).arguments.get("attention_mask")
 
     def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Forward pre-hook of the decoder."""

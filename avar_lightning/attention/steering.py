@@ -144,8 +144,9 @@ class ForwardSteering:
         self.any_row = self.rows_BN is None or bool(self.rows_BN.any())
         self.every_row = self.rows_BN is None or bool(self.rows_BN.all())
         self.done: set[int] = set()
-        # What depends on the device and the number of keys alone is the same for all layers.
+        # What depends on the device and the keys' number, dtype and scale alone is the same for all layers.
         self._strengths: dict[tuple[torch.device, int], Tensor] = {}
+        self._biases: dict[tuple[torch.device, int, torch.dtype, float], Tensor] = {}
         self._rows: dict[torch.device, Selection] = {}
 
     def wants(self, module: nn.Module) -> bool:
@@ -212,13 +213,8 @@ class ForwardSteering:
                 f'{FLASH_HEAD_DIM}; choose mode "logit", or load the model with attn_implementation="sdpa".'
             )
         scale = head_dim**-0.5 if call.scale is None else call.scale
-        bias_BK = (_log_weight(self._strength(call)) / scale).clamp(-LARGEST, LARGEST)
-        # Of 8 bits each, so that nothing that the softmax would notice is lost in 16 bits, nor under autocast.
-        high_BK = bias_BK.bfloat16().float()
-        middle_BK = (bias_BK - high_BK).bfloat16().float()
-        parts = torch.stack([high_BK, middle_BK, bias_BK - high_BK - middle_BK], dim=-1)
-        columns = pad(parts.to(k_BMKD.dtype)[:, None], (0, COLUMNS - 3))
-        k_extended = torch.cat([k_BMKD, columns.expand(-1, k_BMKD.shape[1], -1, -1)], dim=-1)
+        columns_B1KC = self._columns(call, scale)
+        k_extended = torch.cat([k_BMKD, columns_B1KC.expand(-1, k_BMKD.shape[1], -1, -1)], dim=-1)
         selected = self._selected(call)
         ones = q_BHND.new_ones(1, 1, 1) if selected is None else selected.to(q_BHND.dtype)
         ones = ones[..., None].expand(*q_BHND.shape[:3], COLUMNS)
@@ -262,6 +258,18 @@ class ForwardSteering:
             strength_BK.masked_fill_(roles_BK == Role.IMAGE, self.intervention.image)
             self._strengths[key] = strength_BK.masked_fill_(roles_BK == Role.SYSTEM, -self.intervention.system)
         return self._strengths[key]
+
+    def _columns(self, call: AttentionCall, scale: float) -> Tensor:
+        """Further columns of the keys, (B, 1, K, COLUMNS), which add up to log(1 + a_j) over the scale."""
+        key = (call.k_BMKD.device, call.k_BMKD.shape[2], call.k_BMKD.dtype, scale)
+        if key not in self._biases:
+            bias_BK = (_log_weight(self._strength(call)) / scale).clamp(-LARGEST, LARGEST)
+            # Of 8 bits each, so that nothing that the softmax would notice is lost in 16 bits, nor under autocast.
+            high_BK = bias_BK.bfloat16().float()
+            middle_BK = (bias_BK - high_BK).bfloat16().float()
+            parts = torch.stack([high_BK, middle_BK, bias_BK - high_BK - middle_BK], dim=-1)
+            self._biases[key] = pad(parts.to(call.k_BMKD.dtype)[:, None], (0, COLUMNS - 3))
+        return self._biases[key]
 
     def _selected(self, call: AttentionCall) -> Tensor | None:
         """Which rows and heads are steered (B or 1, H or 1, N), or None for all."""
