@@ -93,7 +93,7 @@ def timing(shape: Shape, plan: Plan, device: Device, utilisation: float) -> Timi
     narrow = plan.compute_bytes == 2 and device.bf16 is not None
     peak = device.bf16 if narrow and device.bf16 else device.fp32
     dense = work.total - work.guidance
-    in_float32 = device.is_cpu or plan.precision.startswith("16")
+    in_float32 = device.is_cpu or plan.is_float16
     length = plan.lengths.mean + (plan.rollout.new_tokens if plan.rollout else 0)
     return Timing(
         work,

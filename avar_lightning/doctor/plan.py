@@ -131,6 +131,11 @@ class Plan:
         return self.precision.endswith("-mixed")
 
     @property
+    def is_float16(self) -> bool:
+        """Whether products are float16's."""
+        return self.precision.startswith("16")
+
+    @property
     def is_sharded(self) -> bool:
         """Whether processes share the weights."""
         return self.strategy.startswith("fsdp")

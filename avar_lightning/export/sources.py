@@ -160,8 +160,7 @@ def _of_adapters(folder: Path) -> Source:
 
 
 def _of_hugging_face(path: str, folder: Path) -> Source:
-    is_no_model = folder.exists() and not (folder / "config.json").is_file()
-    if is_no_model or (looks_like_path(path) and not folder.exists()):
+    if (folder.exists() or looks_like_path(path)) and not (folder / "config.json").is_file():
         raise ValueError(
             f"{path!r} is nothing that can be exported, expected a .ckpt, a folder of FSDP, a run with a folder "
             "checkpoints, or a folder of Hugging Face or PEFT; check the path."

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from avar_lightning.report.figure import format_number, needs_log_scale, new_figure
-from avar_lightning.report.markdown import markdown_row, markdown_table
+from avar_lightning.report.markdown import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,7 +43,6 @@ def benchmarks_table(
         published: Rows with `model`, `accuracy`, `average`, `vas`, `source`, `vas_source`, and perhaps a `note`.
         sources: Of these rows, `address` and `what` it is.
     """
-    lines = _head(["model", *columns.values(), "Average", "VAS on MathVista"])
     marks = {column: " *" * (column in partly) for column in own}
     marks |= {
         column: marks[column] + f", {unread[column]} unread"
@@ -52,7 +51,7 @@ def benchmarks_table(
     }
     cells = [_percent(own[column]) + marks[column] if column in own else "–" for column in (*columns, "average")]
     cells.append("–" if vas is None else _vas(vas) + " *" * vas_partly)
-    lines.append(markdown_row([f"**{_escaped(name)}** (here)", *cells]))
+    rows = [[f"**{_escaped(name)}** (here)", *cells]]
     notes: list[str] = []
     for row in published:
         mark = ""
@@ -60,7 +59,7 @@ def benchmarks_table(
             notes.append(f"[{len(notes) + 1}] {row['model']}: {row['note']}.")
             mark = f" [{len(notes)}]"
         values = [_value(row["accuracy"].get(column)) for column in columns]
-        lines.append(markdown_row([row["model"] + mark, *values, _value(row["average"]), _value(row["vas"])]))
+        rows.append([row["model"] + mark, *values, _value(row["average"]), _value(row["vas"])])
     told = [
         "Accuracy in percent, here with its 95 % bootstrap interval. The other rows report arXiv 2603.03825, which has "
         "prompts, image sizes, lengths and a judge of its own. MMMU-Pro is the mean of its ten-option part and its "
@@ -70,7 +69,8 @@ def benchmarks_table(
         told.append("Unread: neither rules nor a judge found an answer in them; they count as wrong.")
     if partly or vas_partly:
         told.append("\\* of a part of the benchmark's questions only.")
-    return "\n".join([*lines, "", " ".join([*told, *notes]), "", _sources(published, sources)])
+    table = markdown_table(["model", *columns.values(), "Average", "VAS on MathVista"], rows)
+    return "\n\n".join([table, " ".join([*told, *notes]), _sources(published, sources)])
 
 
 def _sources(published: Sequence[Mapping[str, Any]], sources: Mapping[str, Mapping[str, str]]) -> str:
@@ -91,30 +91,30 @@ def figures_table(results: Mapping[str, Mapping[str, Any]]) -> str:
             `categories`.
     """
     answers = "answers read by rules, judge, nobody"
-    lines = _head(["benchmark", "samples", "figure", "%", *VAS.values(), answers, "cut before their end"])
+    rows = []
     for result in results.values():
         by = ", ".join(str(number) for number in result["extracted_by"].values())
         start = [result["title"], f"{result['num_samples']} of {result['num_questions']}"]
         vas = [_vas(result["vas"][name]) for name in VAS]
         cut = f"{result['num_cut']} ({100 * result['num_cut'] / result['num_samples']:.1f} %)"
         for metric, interval in result["metrics"].items():
-            lines.append(markdown_row([*start, metric, _percent(interval), *vas, by, cut]))
+            rows.append([*start, metric, _percent(interval), *vas, by, cut])
             start, vas, by, cut = ["", ""], [""] * len(VAS), "", ""
-    return "\n".join(lines)
+    return markdown_table(["benchmark", "samples", "figure", "%", *VAS.values(), answers, "cut before their end"], rows)
 
 
 def categories_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Write the first figure and VAS by category, a table for each kind of category."""
-    lines: list[str] = []
+    parts = []
     for result in results.values():
         for column, values in result["categories"].items():
-            lines += ["", f"{result['title']} by {column}", ""]
-            lines += _head([column, "samples", "%", *VAS.values()])
+            rows = []
             for value, part in values.items():
                 first = next(iter(part["metrics"].values()))
                 vas = [_vas(part["vas"][name]) for name in VAS]
-                lines.append(markdown_row([_escaped(value), str(part["num_samples"]), _percent(first), *vas]))
-    return "\n".join(lines[1:])
+                rows.append([_escaped(value), str(part["num_samples"]), _percent(first), *vas])
+            parts += [f"{result['title']} by {column}", markdown_table([column, "samples", "%", *VAS.values()], rows)]
+    return "\n\n".join(parts)
 
 
 def plot_benchmarks(
@@ -159,10 +159,6 @@ def _interval(axes: Axes, row: int, interval: Any, factor: float, label: str) ->
     if math.isfinite(interval.value):
         axes.hlines(row, factor * interval.low, factor * interval.high, color="#0072B2", linewidth=4, alpha=0.4)
         axes.plot([factor * interval.value], [row], "o", color="#0072B2", markersize=6, label=label or None, zorder=3)
-
-
-def _head(names: Sequence[str]) -> list[str]:
-    return markdown_table(names, []).split("\n")
 
 
 def _escaped(text: str) -> str:

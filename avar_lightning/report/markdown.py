@@ -13,9 +13,9 @@ def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> st
     |---|---|
     | base | 0.5 |
     """
-    return "\n".join([markdown_row(headings), "|" + "---|" * len(headings), *map(markdown_row, rows)])
+    return "\n".join([_row(headings), "|" + "---|" * len(headings), *map(_row, rows)])
 
 
-def markdown_row(cells: Sequence[str]) -> str:
+def _row(cells: Sequence[str]) -> str:
     """One of its lines."""
     return f"| {' | '.join(cells)} |"
