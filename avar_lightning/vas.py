@@ -158,8 +158,8 @@ def _median(values: Tensor) -> Tensor:
     count = values.shape[-1]
     if count == 0:
         return values.new_full(values.shape[:-1], torch.nan)
-    ordered = values.sort(dim=-1).values
-    return (ordered[..., (count - 1) // 2] + ordered[..., count // 2]) / 2
+    low, high = (values.kthvalue(number).values for number in ((count + 1) // 2, count // 2 + 1))
+    return (low + high) / 2
 
 
 def _check(mass_image: Tensor, mass_system: Tensor, query_mask: Tensor, reduction: str) -> None:
