@@ -104,6 +104,11 @@ class SFTModule(VLMModule):
         self.unguided = watched.get("unguided", 0)
         vars(self.gaming).update(watched.get("gaming", {}))
 
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Update, and drop the gradients, which Lightning would keep beside the next forward's activations."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()
+
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,

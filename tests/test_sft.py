@@ -151,6 +151,20 @@ def test_one_large_batch_equals_accumulated_small_ones(make_data):
         torch.testing.assert_close(grad, sum(parts) / 8, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_no_forward_lies_beside_gradients_that_were_applied(make_data, accumulated):
+    class Watch(L.Callback):
+        def __init__(self):
+            self.kept = []
+
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            self.kept.append(any(parameter.grad is not None for parameter in module.parameters()))
+
+    watch = Watch()
+    fit(make_module(), make_data(), steps=2, accumulate_grad_batches=accumulated, callbacks=[watch])
+    assert watch.kept == ([False, True] * 2 if accumulated == 2 else [False, False])
+
+
 def test_resumed_run_equals_uninterrupted_one(make_data, tmp_path):
     whole = make_module()
     fit(whole, make_data(), steps=4)
