@@ -34,7 +34,6 @@ WATCH = "avar_watch"
 UNSUPPORTED = {
     "s_aux": "attention sinks",
     "position_bias": "a position bias",
-    "cu_seq_lens_q": "sequences packed for FlashAttention",
     "block_table": "a paged cache",
     "cache": "a paged cache",
     "score_mod": "a score function",
@@ -118,6 +117,15 @@ class AttentionCall:
         self.steering = steering
         self.module, self.q_BHND, self.k_BMKD, self.mask = module, q_BHND, k_BMKD, mask
         self.is_flash, self.is_eager = "flash" in base, base == "eager"
+        self._position_ids: Tensor | None = kwargs.get("position_ids")
+        self._starts: tuple[Tensor, Tensor] | None = None
+        if kwargs.get("cu_seq_lens_q") is not None:
+            if not self.is_flash:
+                raise ValueError(
+                    f"sequences packed for FlashAttention (`cu_seq_lens_q`) cannot be observed or steered under "
+                    f'{base}, which does not look at it; load the model with attn_implementation="flash_attention_2".'
+                )
+            self._starts = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
         is_causal = kwargs.get("is_causal")
         is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         # Eager and flex attention take no hint: without a mask they see everything.
@@ -125,11 +133,33 @@ class AttentionCall:
         self.window: int | None = kwargs.get("sliding_window") if self.is_flash else None
         self.scale: float | None = kwargs.get("scaling")
         self.softcap: float | None = kwargs.get("softcap")
-        if self.is_flash and mask is None and _is_packed(kwargs.get("position_ids")):
+
+    def documents(self) -> Tensor | None:
+        """Number of the sequence that each key is of, (1, K), where FlashAttention gets several packed into one row.
+
+        Raises:
+            ValueError: Queries are packed in another way than keys, as over a cache.
+        """
+        num_rows, num_keys = self.q_BHND.shape[2], self.k_BMKD.shape[2]
+        if not self.is_flash or self.mask is not None or self.q_BHND.shape[0] != 1:
+            return None
+        if self._starts is not None:
+            queries, keys = self._starts
+            is_start = torch.zeros(num_keys + 1, dtype=torch.long, device=self.k_BMKD.device)
+            is_start[keys.long()] = 1
+            is_same = queries is keys or torch.equal(queries, keys)
+        else:
+            positions = self._position_ids
+            if positions is None or positions.dim() != 2 or num_rows == 1 or not bool((positions.diff() != 1).any()):
+                return None
+            is_start = (positions[0] == positions.min()).long()
+            is_same = len(is_start) == num_keys
+        if num_rows != num_keys or not is_same:
             raise ValueError(
-                "sequences packed into one row cannot be observed or steered under FlashAttention; pad them, or load "
-                'the model with attn_implementation="sdpa".'
+                f"packed sequences of {num_rows} rows over {num_keys} keys cannot be observed or steered under "
+                "FlashAttention, expected rows and keys to be the same tokens; pad them where there is a cache."
             )
+        return is_start[:num_keys].cumsum(0)[None]
 
     def change_of(self, rows: Selection) -> Change | None:
         """What steering does to the logits of the given rows."""
@@ -261,10 +291,3 @@ def _from_modeling_file(module: nn.Module, name: str) -> Any:
         if found is not None:
             return found
     return None
-
-
-def _is_packed(position_ids: Tensor | None) -> bool:
-    """Whether positions start again within a row, which FlashAttention takes for a packed batch."""
-    if position_ids is None or position_ids.dim() != 2 or position_ids.shape[0] != 1:
-        return False
-    return bool((position_ids.diff(dim=1) != 1).any())

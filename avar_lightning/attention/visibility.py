@@ -101,12 +101,20 @@ class Causal:
         offset: Keys that were there before row 0 (the cache).
         window: Sliding window, in keys, or None.
         padding_BK: Bool, False for keys that are padding; rows that are padding themselves see nothing.
+        documents_BK: Numbers; rows see no key of another number than their own.
     """
 
     def __init__(
-        self, rows: Selection, *, offset: int = 0, window: int | None = None, padding_BK: Tensor | None = None
+        self,
+        rows: Selection,
+        *,
+        offset: int = 0,
+        window: int | None = None,
+        padding_BK: Tensor | None = None,
+        documents_BK: Tensor | None = None,
     ) -> None:
-        self.rows, self.offset, self.window, self.padding_BK = rows, offset, window, padding_BK
+        self.rows, self.offset, self.window = rows, offset, window
+        self.padding_BK, self.documents_BK = padding_BK, documents_BK
 
     def limit(self, start: int, stop: int) -> int:
         """The key of the last row of the block."""
@@ -127,6 +135,9 @@ class Causal:
             seen_BQC &= (
                 self.padding_BK.gather(1, index_BC)[:, None] & self.padding_BK.gather(1, position_BQ)[:, :, None]
             )
+        if self.documents_BK is not None:
+            of_keys_BC = self.documents_BK.gather(1, index_BC.expand(len(self.documents_BK), -1))
+            seen_BQC &= of_keys_BC[:, None] == self.documents_BK.gather(1, position_BQ)[:, :, None]
         return seen_BQC[:, None]
 
 
@@ -251,7 +262,7 @@ def visibility_of(call: AttentionCall, rows: Selection) -> Visibility:
         The visibility of the rows.
 
     Raises:
-        ValueError: The mask has another number of dimensions.
+        ValueError: The mask has another number of dimensions, or packed sequences are not causal.
     """
     mask, num_keys, num_rows = call.mask, call.k_BMKD.shape[2], rows.shape[1]
     if isinstance(mask, BlockMask):
@@ -266,8 +277,13 @@ def visibility_of(call: AttentionCall, rows: Selection) -> Visibility:
         if not call.is_causal:
             return Masked(rows, mask.bool()[:, None, None], num_keys)
         return Causal(rows, offset=num_keys - num_rows, window=call.window, padding_BK=mask.bool())
+    documents = call.documents()
     if call.is_flash and call.is_causal:
-        return Causal(rows, offset=num_keys - num_rows, window=call.window)
+        return Causal(rows, offset=num_keys - num_rows, window=call.window, documents_BK=documents)
+    if documents is not None:
+        raise ValueError(
+            "sequences packed for FlashAttention cannot be observed in a layer that is not causal; pad them instead."
+        )
     if call.is_causal and num_rows > 1:
         return Causal(rows)
     return Everything(num_keys)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from avar_lightning.attention import observe_attention
 from avar_lightning.attention.reference import eager_probabilities, mass_of_probabilities
-from avar_lightning.attention.registry import PREFIX, install
+from avar_lightning.attention.registry import PREFIX, AttentionCall, install
 from avar_lightning.roles import Role
 from tests.factories import Conversation, make_batch, tiny_vlm
 
@@ -35,9 +36,22 @@ def fake_flash(
         mask = mask & attention_mask.bool()[:, None, None]
         # Rows without keys, which FlashAttention leaves out, would be NaN.
         mask = mask | ~mask.any(-1, keepdim=True)
-    if kwargs["sliding_window"] is not None:
+    elif (starts := starts_of(kwargs)) is not None:
+        for start, stop in pairwise([*starts, num_keys]):
+            mask[..., start:stop, :start] = False
+    if kwargs.get("sliding_window") is not None:
         mask = mask.triu(num_keys - query.shape[2] - kwargs["sliding_window"] + 1)
     return sdpa_attention_forward(module, query, key, value, mask, scaling=kwargs["scaling"])
+
+
+def starts_of(kwargs: dict[str, Any]) -> list[int] | None:
+    """Where packed sequences start, by lengths that add up or by positions."""
+    if kwargs.get("cu_seq_lens_q") is not None:
+        return kwargs["cu_seq_lens_q"].tolist()[:-1]
+    positions = kwargs.get("position_ids")
+    if positions is None or positions.shape[0] > 1:
+        return None
+    return [i for i, position in enumerate(positions[0].tolist()) if position == 0 and positions.shape[1] > 1] or None
 
 
 AttentionInterface.register("fake_flash_attention_2", fake_flash)
@@ -88,6 +102,42 @@ def test_beside_a_flash_kernel(padding_side: str, sliding: bool) -> None:
     assert model.config.text_config._attn_implementation == PREFIX + "fake_flash_attention_2"
     assert inside.equal(plain)
     torch.testing.assert_close(record.stacked(), expected.stacked(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("told_by", ["position_ids", "cu_seq_lens"])
+@pytest.mark.parametrize("sliding", [False, True])
+def test_sequences_packed_for_flash_are_as_if_alone(told_by: str, sliding: bool) -> None:
+    config = {"use_sliding_window": True, "sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"]}
+    model = tiny_vlm(**config if sliding else {})
+    batches = [make_batch(Conversation(images=0, response=count)) for count in (6, 3, 9)]
+    queries = (Role.USER, Role.RESPONSE)
+    alone = []
+    for batch in batches:
+        with observe_attention(model, batch.role_ids, queries=queries) as record:
+            model(**batch.inputs)
+        alone.append(record.stacked())
+    lengths = [batch.role_ids.shape[1] for batch in batches]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    ids = torch.cat([batch.inputs["input_ids"] for batch in batches], dim=1)
+    options: dict[str, Any] = {"position_ids": positions.expand(4, 1, -1)}
+    if told_by == "cu_seq_lens":
+        starts = torch.tensor([0, *lengths]).cumsum(0).int()
+        options |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
+        options |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+        options["position_ids"] = options["position_ids"] + 7  # of which the first is no 0
+    role_ids = torch.cat([batch.role_ids for batch in batches], dim=1)
+    model.set_attn_implementation({"text_config": "fake_flash_attention_2"})
+    with observe_attention(model, role_ids, queries=queries) as record:
+        model(input_ids=ids, **options)
+    masses = record.stacked().split(lengths, dim=3)
+    torch.testing.assert_close(list(masses), alone, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_sequences_over_a_cache_are_refused() -> None:
+    q, k = torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 6, 4)
+    call = AttentionCall("flash_attention_2", nn.Module(), q, k, None, {"position_ids": torch.tensor([[0, 1, 0, 1]])})
+    with pytest.raises(ValueError, match=r"packed sequences of 4 rows over 6 keys .* pad them"):
+        call.documents()
 
 
 def test_flash_decoding_sees_the_whole_cache() -> None:

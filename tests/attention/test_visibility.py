@@ -114,18 +114,46 @@ def test_block_mask() -> None:
     assert out.equal(expected(full.expand(B, N, N), rows))
 
 
-@pytest.mark.parametrize("name", ["s_aux", "position_bias", "cu_seq_lens_q"])
+@pytest.mark.parametrize("name", ["s_aux", "position_bias", "cu_seq_lens_q", "cache"])
 def test_arguments_that_are_not_understood_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=name):
         seen("sdpa", None, **{name: torch.zeros(2)})
 
 
-def test_packing_under_flash_is_refused() -> None:
-    q = torch.zeros(1, 2, 4, 4)
-    kwargs = {"position_ids": torch.tensor([[0, 1, 0, 1]])}
-    with pytest.raises(ValueError, match="packed"):
-        AttentionCall("flash_attention_2", nn.Module(), q, q, None, kwargs)
-    AttentionCall("flash_attention_2", nn.Module(), q, q, None, {"position_ids": torch.arange(4)[None]})
+STARTS = torch.tensor([0, 2, 5], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "numbers"),
+    [
+        ({"position_ids": torch.tensor([[0, 1, 0, 1, 2]])}, [1, 1, 2, 2, 2]),
+        ({"position_ids": torch.tensor([[4, 5, 4, 5, 6]])}, [1, 1, 2, 2, 2]),
+        ({"position_ids": torch.arange(5)[None], "cu_seq_lens_q": STARTS, "cu_seq_lens_k": STARTS}, [1, 1, 2, 2, 2]),
+        ({"cu_seq_lens_q": STARTS, "cu_seq_lens_k": STARTS.clone()}, [1, 1, 2, 2, 2]),
+        ({"position_ids": torch.arange(3, 8)[None]}, None),
+        ({}, None),
+    ],
+)
+def test_which_sequence_a_key_is_of(kwargs: dict[str, Tensor], numbers: list[int] | None) -> None:
+    q = torch.zeros(1, 2, 5, 4)
+    call = AttentionCall("flash_attention_2", nn.Module(), q, q, None, kwargs)
+    documents = call.documents()
+    assert (None if documents is None else documents.tolist()) == (None if numbers is None else [numbers])
+    if numbers is not None:
+        rows = Selection(torch.tensor([[False, True, True, False, True]]))
+        block = visibility_of(call, rows)(0, 3, 5)
+        assert block is not None
+        assert block[0, 0].int().tolist() == [[1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 1]]
+        call.is_causal = False
+        with pytest.raises(ValueError, match="not causal"):
+            visibility_of(call, rows)
+
+
+def test_queries_packed_in_another_way_than_keys_are_refused() -> None:
+    q = torch.zeros(1, 2, 5, 4)
+    kwargs = {"cu_seq_lens_q": STARTS, "cu_seq_lens_k": STARTS.clamp(max=3)}
+    with pytest.raises(ValueError, match="expected rows and keys to be the same tokens"):
+        AttentionCall("flash_attention_2", nn.Module(), q, q, None, kwargs).documents()
 
 
 def test_mask_of_three_dimensions_is_refused() -> None:
