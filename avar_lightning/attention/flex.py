@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,16 +19,17 @@ WITHOUT_LSE = ("cpu",)
 
 
 class FlexCalls(Overheard):
-    """While active, FlexAttention runs as transformers calls it, and the log-sum-exps of its calls are kept.
+    """While active, FlexAttention runs as transformers calls it, and the log-sum-exps of this thread's calls are kept.
 
-    What transformers calls is a name in its module, which stands for this object meanwhile; other threads that attend
-    at the same time wait.
+    What transformers calls is a name in its module, which stands for this object meanwhile. Calls of other threads pass
+    through it; another thread's object waits.
     """
 
     _turn = threading.RLock()
 
     def __enter__(self) -> Self:
         self._turn.acquire()
+        self._thread = threading.get_ident()
         self._theirs: Callable[..., Any] = integration.compile_friendly_flex_attention
         integration.compile_friendly_flex_attention = self._attend  # type: ignore[assignment]
         return self
@@ -41,9 +43,12 @@ class FlexCalls(Overheard):
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, return_aux: Any, **others: Any
     ) -> Any:
+        theirs = partial(self._theirs, query, key, value, scale=scale, **others)
+        if threading.get_ident() != self._thread:
+            return theirs(return_aux=return_aux)
         if query.device.type in WITHOUT_LSE:
             self.keep(None, query, key, scale)
-            return self._theirs(query, key, value, scale=scale, return_aux=return_aux, **others)
-        out, aux = self._theirs(query, key, value, scale=scale, return_aux=AuxRequest(lse=True), **others)
+            return theirs(return_aux=return_aux)
+        out, aux = theirs(return_aux=(return_aux or AuxRequest())._replace(lse=True))
         self.keep(Told(aux.lse), query, key, scale)
         return out if return_aux is None else (out, aux)

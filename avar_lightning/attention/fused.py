@@ -213,7 +213,9 @@ class _FusedAttention(torch.autograd.Function):
         if grad_lse is not None:
             grad, out = carry_gradient(grad, out, grad_lse)
         inputs = (*_widened(q, k, v, groups_BKG), mask, ctx.is_causal, ctx.scale)
-        dq, dk, dv = (each[..., :width] for each in ctx.kernel.backward(grad, inputs, out, lse, others))
+        dq, dk, dv = ctx.kernel.backward(grad, inputs, out, lse, others)
+        if groups_BKG is not None:
+            dq, dk, dv = (each[..., :width] for each in (dq, dk, dv))
         return dq, dk, None if grad_out is None else dv, None, None, None, None, None
 
 

@@ -111,6 +111,7 @@ class ForwardObserver:
         arguments = softmax | {"visible": self.seen_of_grouped[id(visible)], "lse_BHQ": _lse_of(told, rows)}
         return attention_mass(q_BHQD, k_BMCD, groups_BCG, **arguments)
 
+    @torch.no_grad()  # in the first run of a checkpoint alone, so it must keep nothing for a backward
     def _received(self, call: AttentionCall, told: Told | None, rows: Selection, softmax: dict[str, Any]) -> Tensor:
         """What every position receives from the rows, (B, H, positions)."""
         q_BHQD, k_BMKD = rows.gather(call.q_BHND), call.k_BMKD

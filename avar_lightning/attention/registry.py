@@ -25,6 +25,9 @@ from avar_lightning.attention.fused import FusedCalls, Told
 from avar_lightning.attention.mass import Change
 from avar_lightning.attention.visibility import Selection
 
+VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""Arguments that tell FlashAttention where sequences packed into one row start."""
+
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 PREFIX = "avar_"
@@ -125,7 +128,9 @@ class AttentionCall:
                     f"sequences packed for FlashAttention (`cu_seq_lens_q`) cannot be observed or steered under "
                     f'{base}, which does not look at it; load the model with attn_implementation="flash_attention_2".'
                 )
-            self._starts = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
+            # transformers looks at them only where all are there.
+            if all(kwargs.get(name) is not None for name in VARLEN):
+                self._starts = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
         is_causal = kwargs.get("is_causal")
         is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         # Eager and flex attention take no hint: without a mask they see everything.
@@ -140,9 +145,15 @@ class AttentionCall:
         Raises:
             ValueError: Queries are packed in another way than keys, as over a cache.
         """
-        num_rows, num_keys = self.q_BHND.shape[2], self.k_BMKD.shape[2]
-        if not self.is_flash or self.mask is not None or self.q_BHND.shape[0] != 1:
+        batch, _, num_rows, _ = self.q_BHND.shape
+        num_keys = self.k_BMKD.shape[2]
+        if not self.is_flash or self.mask is not None or (batch != 1 and self._starts is None):
             return None
+        if batch != 1:
+            raise ValueError(
+                f"sequences packed by `cu_seq_lens_q` into {batch} rows cannot be observed or steered; "
+                "join them in one row."
+            )
         if self._starts is not None:
             queries, keys = self._starts
             is_start = torch.zeros(num_keys + 1, dtype=torch.long, device=self.k_BMKD.device)
@@ -235,13 +246,13 @@ def _watched(
             for observer in observers:
                 observer.observe(call, None)
             return steerings[0].attend(call, value, run, kwargs)
-        groups = [observer.many_groups(call) for observer in observers]
-        wanted = [each for each in groups if each is not None]
         is_flex = base == "flex_attention"
+        groups = [None if is_flex else observer.many_groups(call) for observer in observers]
+        wanted = [each for each in groups if each is not None]
         overheard = FlexCalls() if is_flex else FusedCalls(torch.cat(wanted, dim=-1) if wanted else None)
         with overheard:
             result = run(query, key, value, **kwargs)
-        # Of the fused ones Flex alone knows a cap.
+        # Flex caps logits, SDPA does not.
         told = overheard.of(query, key, call.scale) if is_flex or call.softcap is None else None
         sizes = [0 if each is None else each.shape[-1] for each in groups]
         parts = [None] * len(observers) if told is None else told.split(sizes)

@@ -52,7 +52,7 @@ class Rows:
         if plan.guidance is not None:
             share = {"response": lengths.responses, "user": 1 - lengths.responses}
             guided = round(plan.sequence * min(1.0, sum(share[name] for name in plan.guidance.queries)))
-        if shape.attention in ("sdpa", "flex_attention") and not plan.is_float16:
+        if shape.attention == "flex_attention" or (shape.attention == "sdpa" and not plan.is_float16):
             # Its kernels tell the log-sum-exp, so only groups are met; they stand before the response.
             keys = round(plan.sequence * (1 - lengths.responses))
         images = plan.micro_batch * lengths.images

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from avar_lightning.attention import attention_mass
+from avar_lightning.attention import attention_mass, fused
 from avar_lightning.attention.fused import FusedCalls
 from avar_lightning.attention.kernels import (
     KERNELS,
@@ -334,6 +334,16 @@ def test_cuda_s_kernels_are_called_with_what_they_take(kernel: Kernel, masked: b
         assert (out.shape, lse.shape, lse.dtype) == (q.shape, q.shape[:3], torch.float32)
         gradients = kernel.backward(grad, inputs, out, lse, others)
         assert [each.shape for each in gradients] == [q.shape, k.shape, v.shape]
+
+
+def test_values_may_be_wider_than_queries() -> None:
+    """The memory-efficient kernel takes them."""
+    with torch.device("meta"):
+        q, k = (torch.empty(BATCH, HEADS, LENGTH, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+        v = torch.empty(BATCH, HEADS, LENGTH, 32, dtype=torch.bfloat16, requires_grad=True)
+        out, _, _ = fused._FusedAttention.apply(q, k, v, None, None, True, 0.3, CUDAEfficient())
+        gradients = torch.autograd.grad(out.sum(), (q, k, v))
+    assert [each.shape for each in gradients] == [q.shape, k.shape, v.shape]
 
 
 @pytest.mark.parametrize("num_keys", [32, 37, 40])

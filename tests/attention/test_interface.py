@@ -194,15 +194,16 @@ def test_an_exception_leaves_nothing_behind() -> None:
 
 
 @pytest.mark.usefixtures("_way")
+@pytest.mark.parametrize("received", [True, False])
 @pytest.mark.parametrize("backward_inside", [True, False])
-def test_gradient_checkpointing(backward_inside: bool) -> None:
+def test_gradient_checkpointing(backward_inside: bool, received: bool) -> None:
     batch = make_batch(*MIXED)
     plain = tiny_vlm().train()
     expected = observed(plain, batch).stacked()
     objective(expected).backward()
     model = tiny_vlm().train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    with observe_attention(model, batch.role_ids, queries=QUERIES, keys=KEYS) as record:
+    with observe_attention(model, batch.role_ids, queries=QUERIES, keys=KEYS, received=received) as record:
         model(**batch.inputs, use_cache=False)
         first, masses = record.mass[0], record.stacked()
         if backward_inside:

@@ -133,6 +133,16 @@ def test_sequences_packed_for_flash_are_as_if_alone(told_by: str, sliding: bool)
     torch.testing.assert_close(list(masses), alone, rtol=1e-4, atol=1e-5)
 
 
+def test_lengths_of_several_rows_are_refused() -> None:
+    model = tiny_vlm()
+    model.set_attn_implementation({"text_config": "fake_flash_attention_2"})
+    starts = torch.tensor([0, 4, 8], dtype=torch.int32)
+    options = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 4, "max_length_k": 4}
+    role_ids = torch.full((2, 4), Role.USER)
+    with pytest.raises(ValueError, match="into 2 rows"), observe_attention(model, role_ids):
+        model(input_ids=torch.full((2, 4), 5), **options)
+
+
 def test_packed_sequences_over_a_cache_are_refused() -> None:
     q, k = torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 6, 4)
     call = AttentionCall("flash_attention_2", nn.Module(), q, k, None, {"position_ids": torch.tensor([[0, 1, 0, 1]])})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -121,6 +123,7 @@ def test_arguments_that_are_not_understood_are_refused(name: str) -> None:
 
 
 STARTS = torch.tensor([0, 2, 5], dtype=torch.int32)
+LENGTHS = {"cu_seq_lens_q": STARTS, "cu_seq_lens_k": STARTS, "max_length_q": 3, "max_length_k": 3}
 
 
 @pytest.mark.parametrize(
@@ -128,13 +131,15 @@ STARTS = torch.tensor([0, 2, 5], dtype=torch.int32)
     [
         ({"position_ids": torch.tensor([[0, 1, 0, 1, 2]])}, [1, 1, 2, 2, 2]),
         ({"position_ids": torch.tensor([[4, 5, 4, 5, 6]])}, [1, 1, 2, 2, 2]),
-        ({"position_ids": torch.arange(5)[None], "cu_seq_lens_q": STARTS, "cu_seq_lens_k": STARTS}, [1, 1, 2, 2, 2]),
-        ({"cu_seq_lens_q": STARTS, "cu_seq_lens_k": STARTS.clone()}, [1, 1, 2, 2, 2]),
+        ({"position_ids": torch.arange(5)[None], **LENGTHS}, [1, 1, 2, 2, 2]),
+        (LENGTHS | {"cu_seq_lens_k": STARTS.clone()}, [1, 1, 2, 2, 2]),
+        ({"position_ids": torch.arange(5)[None], **LENGTHS, "max_length_k": None}, None),  # ignored, if not whole
+        ({"cu_seq_lens_q": STARTS}, None),
         ({"position_ids": torch.arange(3, 8)[None]}, None),
         ({}, None),
     ],
 )
-def test_which_sequence_a_key_is_of(kwargs: dict[str, Tensor], numbers: list[int] | None) -> None:
+def test_which_sequence_a_key_is_of(kwargs: dict[str, Any], numbers: list[int] | None) -> None:
     q = torch.zeros(1, 2, 5, 4)
     call = AttentionCall("flash_attention_2", nn.Module(), q, q, None, kwargs)
     documents = call.documents()
@@ -151,7 +156,7 @@ def test_which_sequence_a_key_is_of(kwargs: dict[str, Tensor], numbers: list[int
 
 def test_queries_packed_in_another_way_than_keys_are_refused() -> None:
     q = torch.zeros(1, 2, 5, 4)
-    kwargs = {"cu_seq_lens_q": STARTS, "cu_seq_lens_k": STARTS.clamp(max=3)}
+    kwargs = LENGTHS | {"cu_seq_lens_k": STARTS.clamp(max=3)}
     with pytest.raises(ValueError, match="expected rows and keys to be the same tokens"):
         AttentionCall("flash_attention_2", nn.Module(), q, q, None, kwargs).documents()
 

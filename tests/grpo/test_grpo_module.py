@@ -104,6 +104,22 @@ class Fixed:
         return Completions(ids, finished, logps)
 
 
+def test_completions_are_sampled_without_gradients_in_memory(prompts):
+    class Engine(Fixed):
+        def setup(self, model, processor, sampling):
+            super().setup(model, processor, sampling)
+            self.model, self.kept = model, []
+
+        def generate(self, *args, **kwargs):
+            self.kept.append(any(parameter.grad is not None for parameter in self.model.parameters()))
+            return super().generate(*args, **kwargs)
+
+    engine, watch = Engine(), Watch()
+    fit(make_module(rollout=engine), prompts(), steps=3, callbacks=[watch])
+    assert watch.gradients
+    assert engine.kept == [False] * 3
+
+
 def one_by_one(model, rollouts, temperature=1.0):
     """Log-probabilities of each completion from a forward of its own: no padding, all logits, float64 softmax."""
     logps = []
