@@ -28,6 +28,7 @@ lint: $(READY)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
+# Writes the pages in benchmarks/results again: two to three hours on one core, which nothing else should use meanwhile.
 bench: $(READY)
 	$(PYTHON) benchmarks/attention_op.py
 	$(PYTHON) benchmarks/attention_layers.py
@@ -40,7 +41,8 @@ bench: $(READY)
 	$(PYTHON) benchmarks/lm_loss.py
 	$(PYTHON) benchmarks/doctor_estimates.py
 
-# The same questions on a CUDA GPU, in the shapes of 7B models.
+# The same questions on a CUDA GPU, in the shapes of 7B models (steering of 3B); 80 GB are enough for all but the longest
+# eager ones. GRPO and the data pipeline are measured on a CPU only.
 bench-gpu: $(READY)
 	$(PYTHON) benchmarks/attention_op.py --device cuda --dtype bfloat16 --lengths 1024 4096 8192 16384 32768 --images 256 1024 4096
 	$(PYTHON) benchmarks/attention_layers.py --device cuda --dtype bfloat16
@@ -48,6 +50,7 @@ bench-gpu: $(READY)
 	$(PYTHON) benchmarks/vas_validation.py --device cuda --dtype bfloat16 --cases medium-8-4096 7b-4-4096
 	$(PYTHON) benchmarks/steering_overhead.py --device cuda --dtype bfloat16 --layers 8 --lengths 2048 8192
 	$(PYTHON) benchmarks/lm_loss.py --device cuda --dtype bfloat16 --lengths 4096 16384 --hidden 3584
+	$(PYTHON) benchmarks/doctor_estimates.py --device cuda --hidden 2048 --layers 16 --vocabulary 152064 --length 4096
 
 # docs/reproduction.md: 120 trainings and what is measured of them; goes on where it stopped (hours on 2 cores).
 reproduce: $(READY)

@@ -53,7 +53,7 @@ def implementations(case: Case) -> tuple[str, ...]:
 
 def build(args: argparse.Namespace, case: Case, implementation: str) -> PreTrainedModel:
     """The model; its vision tower has no work."""
-    return case.build("eager" if implementation == "eager" else "sdpa", device=args.device, dtype=args.dtype)
+    return case.build("eager" if implementation == "eager" else args.attn, device=args.device, dtype=args.dtype)
 
 
 def step(model: PreTrainedModel, implementation: str, length: int, num_image: int | None = None) -> None:
@@ -86,19 +86,16 @@ def measure_memory(args: argparse.Namespace, case: Case, implementation: str) ->
 
 
 def measure_seconds(args: argparse.Namespace, case: Case) -> dict[str, list[float]]:
-    """Seconds of every implementation in turn, `args.repeats` times, after one untimed round at a short length."""
+    """Seconds of every implementation in turn, `args.repeats` times, after one untimed round."""
     models = {name: build(args, case, name) for name in implementations(case)}
-    for name, model in models.items():
-        step(model, name, WARM_UP_LENGTH)
     works = {name: partial(step, model, name, case.length, case.num_image) for name, model in models.items()}
-    return in_turn(works, args.repeats, args.device)
+    return in_turn(works, args.repeats, args.device, warm_up=1)
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """All measurements, one row a case and implementation."""
     rows = []
-    for text in args.cases:
-        case = Case.of(text)
+    for text, case in [(text, Case.of(text)) for text in args.cases]:
         seconds = in_process(f"{text}:seconds")
         for name in implementations(case):
             row = case._asdict() | {"num_image": case.num_image or case.length // 16 * 4, "implementation": name}
@@ -134,14 +131,14 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--cases", nargs="+", help="instead of those that are usual on the device")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--attn", default="sdpa", help="the attention beside which masses are observed")
     args = parser.parse_args()
-    kind = args.device.split(":")[0]
-    args.cases = args.cases or (ON_CPU if kind == "cpu" else ON_CUDA)
+    args.cases = args.cases or (ON_CPU if args.device == "cpu" else ON_CUDA)
     torch.set_num_threads(args.threads)
     if args.measure is None:
-        settings = {"dtype": args.dtype, "repeats": args.repeats} | about(args.device, args.threads)
+        settings = {"dtype": args.dtype, "attn": args.attn, "repeats": args.repeats} | about(args.device, args.threads)
         rows = run(args)
-        write(args.output / f"attention_layers_{kind}.csv", rows, settings, table(rows, settings))
+        write(args.output / f"attention_layers_{args.device}.csv", rows, settings, table(rows, settings))
         return
     text, what = args.measure.split(":")
     case = Case.of(text)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from measuring import about, as_cell, in_process, in_turn, page, paired, parser_of, peak_of, write
+from measuring import about, as_cell, in_process, in_turn, page, paired, parser_of, peak_of, positive, write
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -132,15 +132,19 @@ def table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
 def main() -> None:
     """Measure everything, or one thing in a process of its own."""
     parser = parser_of(__doc__)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096], help="tokens")
-    parser.add_argument("--images", type=int, nargs="+", default=[256, 1024], help="image tokens, at most half of all")
+    parser.add_argument("--lengths", type=positive, nargs="+", default=[1024, 2048, 4096], help="tokens")
+    parser.add_argument(
+        "--images", type=positive, nargs="+", default=[256, 1024], help="image tokens, at most half of all"
+    )
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if min(args.images) > min(args.lengths) // 2:
+        parser.error(f"--images are {args.images}, expected one of at most half of every length of {args.lengths}.")
     if args.measure is None:
         settings = {"dtype": args.dtype, "repeats": args.repeats} | about(args.device, args.threads)
         rows = run(args)
-        write(args.output / f"attention_op_{args.device.split(':')[0]}.csv", rows, settings, table(rows, settings))
+        write(args.output / f"attention_op_{args.device}.csv", rows, settings, table(rows, settings))
         return
     length, num_image, what, *name = args.measure.split(":")
     if what == "seconds":

@@ -130,7 +130,7 @@ def main() -> None:
         settings = {name: getattr(args, name) for name in ("words", "hidden", "dtype", "repeats")}
         settings |= about(args.device, args.threads)
         rows = run(args)
-        write(args.output / f"lm_loss_{args.device.split(':')[0]}.csv", rows, settings, table(rows, settings))
+        write(args.output / f"lm_loss_{args.device}.csv", rows, settings, table(rows, settings))
         return
     what, length, share, *name = args.measure.split(":")
     measured = (

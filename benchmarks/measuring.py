@@ -46,9 +46,12 @@ def paired(seconds: dict[str, list[float]], name: str, reference: str) -> dict[s
 
 
 def clock(device: str) -> float:
-    """Seconds, once all work is done; on a CPU those of this process, which others and a busy host do not lengthen."""
+    """Seconds, once all work is done.
+
+    On one CPU thread those of this process, which others and a busy host do not lengthen.
+    """
     synchronize(device)
-    return time.process_time() if device == "cpu" else time.perf_counter()
+    return time.process_time() if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def in_turn(
@@ -100,12 +103,31 @@ def status_kib(name: str) -> int:
 def parser_of(description: str) -> argparse.ArgumentParser:
     """Options of a benchmark that measures each thing in a process of its own (`in_process`)."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=9, help="timed rounds")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--repeats", type=positive, default=9, help="timed rounds")
+    parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=positive, default=1, help="CPU threads")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     return parser
+
+
+def positive(text: str) -> int:
+    """Type of an option that counts."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1.")
+    return number
+
+
+def device(text: str) -> str:
+    """Type of the option for the device, which must be there."""
+    if text not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither cpu nor cuda; choose among several GPUs with CUDA_VISIBLE_DEVICES."
+        )
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("PyTorch finds no GPU here (torch.cuda.is_available() is False).")
+    return text
 
 
 def in_process(what: str) -> Any:
@@ -114,7 +136,8 @@ def in_process(what: str) -> Any:
         [sys.executable, *sys.argv, "--measure", what], stdout=subprocess.PIPE, text=True, check=False
     )
     if done.returncode:
-        raise SystemExit(f"measurement {what!r} failed with status {done.returncode}; out of memory when negative.")
+        why = "; it was killed, perhaps for want of memory" if done.returncode < 0 else ""
+        raise SystemExit(f"measurement {what!r} failed with status {done.returncode}{why}.")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -125,12 +148,13 @@ def hush() -> None:
 
 
 def about(device: str, threads: int) -> dict[str, Any]:
-    """Device, versions and date."""
+    """Device, versions, commit and date."""
     return {
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else _cpu_name(),
         "threads": threads,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "commit": _commit(),
         "date": date.today().isoformat(),
     }
 
@@ -152,6 +176,18 @@ def write(path: Path, rows: list[dict[str, Any]], settings: dict[str, Any], tabl
         writer.writerows(row | settings for row in rows)
     path.with_suffix(".md").write_text(table)
     print(f"wrote {path} and {path.with_suffix('.md').name}")
+
+
+def _commit() -> str:
+    """Of this checkout, and whether files were changed since, but for results."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    commit = git("rev-parse", "--short", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude)results")
+    return f"{commit} with changes" if commit and changed else commit or "unknown"
 
 
 def _cpu_name() -> str:

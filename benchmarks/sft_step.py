@@ -68,7 +68,7 @@ class EagerGuided(SFTModule):
 
 def model_of(args: argparse.Namespace, case: Case, name: str) -> nn.Module:
     """The same weights for every contestant."""
-    attention = "eager" if name.startswith("eager") else "sdpa"
+    attention = "eager" if name.startswith("eager") else args.attn
     return case.build(attention, device=args.device, dtype=args.dtype).train()
 
 
@@ -145,8 +145,8 @@ def measure_memory(args: argparse.Namespace, case: Case, name: str) -> float:
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """All measurements, one row a case and contestant."""
     rows = []
-    for text in args.cases:
-        case, seconds = Case.without_image(text), in_process(f"{text}:seconds")
+    for text, case in [(text, Case.without_image(text)) for text in args.cases]:
+        seconds = in_process(f"{text}:seconds")
         for name in CONTESTANTS:
             row = {"size": case.size, "layers": case.layers, "length": case.length, "trainer": name}
             row["peak_mib"] = round(in_process(f"{text}:{name}"), 1)
@@ -179,14 +179,15 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--cases", nargs="+", default=["small-4-512", "small-4-2048", "medium-8-2048"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--attn", default="sdpa", help="attention of all but the eager one")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     hush()
     if args.measure is None:
-        settings = {"dtype": args.dtype, "repeats": args.repeats} | about(args.device, args.threads)
-        settings["trl"] = trl.__version__
+        settings = {"dtype": args.dtype, "attn": args.attn, "repeats": args.repeats}
+        settings |= about(args.device, args.threads) | {"trl": trl.__version__}
         rows = run(args)
-        write(args.output / f"sft_step_{args.device.split(':')[0]}.csv", rows, settings, table(rows, settings))
+        write(args.output / f"sft_step_{args.device}.csv", rows, settings, table(rows, settings))
         return
     text, what = args.measure.split(":", 1)
     case = Case.without_image(text)

@@ -22,7 +22,7 @@ from measuring import about, hush, page, parser_of, write
 from subjects import Case
 
 WARM_UP = 2
-NAMES = ("hinge, Q = T", "published, Q = U")
+NAMES = ("plain", "hinge, Q = T", "published, Q = U")
 CALLS = {  # file and functions
     "attention kernel, forward": ("attention/kernels.py", "forward"),
     "attention kernel, backward": ("attention/kernels.py", "backward"),
@@ -78,8 +78,7 @@ def shares(profile: cProfile.Profile, seconds: float) -> dict[str, float]:
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a case and guidance."""
     rows = []
-    for text in args.cases:
-        case = Case.without_image(text)
+    for case in [Case.without_image(text) for text in args.cases]:
         for name in NAMES:
             measured = Profile()
             work: Callable[[], Any] = sft_step.ours(args, case, name, WARM_UP + args.repeats, measured)
@@ -97,7 +96,7 @@ def table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
         "Where the time of a guided SFT step goes",
         settings,
         "Percent of the step's CPU seconds. Kernels are those of the text decoder, around which heads are made wider; "
-        "observing is choosing rows and keys and keeping masses.",
+        "observing is choosing rows and keys and keeping masses. A plain step's attention is part of everything else.",
         ["part", *headings],
         [[part, *(f"{row[part]:.1f}" for row in rows)] for part in (*CALLS, "everything else")],
     )
@@ -108,6 +107,7 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--cases", nargs="+", default=["small-4-512", "small-4-2048", "medium-8-2048"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.set_defaults(attn="sdpa")
     args = parser.parse_args()
     if args.device != "cpu":
         raise SystemExit(f"--device is {args.device!r}, expected cpu: on a GPU use torch.profiler.")

@@ -91,6 +91,8 @@ def build(
 def make_roles(length: int, device: str = "cpu", *, num_image: int | None = None) -> Tensor:
     """A conversation (1, length): 1/16 system, an image (a quarter when unset), 1/16 question, the rest response."""
     sixteenth = length // 16
+    if not sixteenth:
+        raise SystemExit(f"{length} tokens are too few for a conversation with an image; choose 16 or more.")
     num_image = 4 * sixteenth if num_image is None else num_image
     if num_image + 2 * sixteenth >= length:
         raise SystemExit(f"an image of {num_image} tokens leaves no response in {length} tokens; choose a smaller one.")
@@ -108,7 +110,7 @@ def make_batch(length: int, batch: int = 1) -> dict[str, Any]:
     ids = words.masked_fill(is_image, IMAGE_TOKEN)
     patches = int(is_image[0].sum()) * PATCHES_PER_TOKEN
     height = 2 ** (patches.bit_length() // 2)
-    if patches % height or height % 2 or patches // height % 2:
+    if length < 128 or patches % height or height % 2 or patches // height % 2:
         raise SystemExit(f"{length} tokens have no whole picture; choose a power of two from 128 on.")
     return {
         "input_ids": ids,
@@ -145,6 +147,9 @@ class Case(NamedTuple):
             known = ", ".join(SIZES)
             raise SystemExit(f"{text!r} is no case, expected SIZE-LAYERS-LENGTH[-IMAGE] with a size of {known}.")
         layers, length, *image = map(int, numbers)
+        if not layers or image == [0]:
+            raise SystemExit(f"{text!r} has no layer or no image token; choose more.")
+        make_roles(length, num_image=image[0] if image else None)  # which knows what is too short
         return Case(size, layers, length, image[0] if image else None)
 
     @staticmethod
@@ -155,6 +160,7 @@ class Case(NamedTuple):
             SystemExit: It is no such case.
         """
         case = Case.of(text)
+        make_batch(case.length)  # which knows what lengths have a picture
         if case.num_image is not None:
             raise SystemExit(f"{text!r} chooses image tokens, expected SIZE-LAYERS-LENGTH; they are a quarter here.")
         return case

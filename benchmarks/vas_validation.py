@@ -16,7 +16,7 @@ from typing import Any
 import lightning as L
 import subjects
 import torch
-from measuring import about, as_cell, clock, hush, in_process, page, paired, parser_of, write
+from measuring import about, as_cell, clock, hush, in_process, page, paired, parser_of, peak_of, write
 from subjects import Case
 from torch.utils.data import DataLoader
 
@@ -63,11 +63,23 @@ def batch_of(case: Case, answers: bool) -> dict[str, Any]:
     return batch
 
 
-def measure(args: Any, case: Case, new_tokens: int) -> dict[str, list[float]]:
-    """Seconds of every contestant in turn, after a round that warms up."""
+def module_of(args: Any, case: Case, new_tokens: int) -> SFTModule:
+    """What is validated."""
     module = SFTModule(max_new_tokens=new_tokens)
     module.load = lambda: case.build("sdpa", device=args.device, dtype=args.dtype)
     module.configure_model()
+    return module
+
+
+def measure_memory(args: Any, case: Case, new_tokens: int, name: str) -> float:
+    """Peak of a validation above the model, in this process."""
+    module = module_of(args, case, new_tokens).to(args.device)
+    return peak_of(lambda: validation(case, module, name, args.device), args.device)
+
+
+def measure_seconds(args: Any, case: Case, new_tokens: int) -> dict[str, list[float]]:
+    """Seconds of every contestant in turn, after a round that warms up."""
+    module = module_of(args, case, new_tokens)
     seconds: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
     for number in range(args.repeats + 1):
         for name in CONTESTANTS:
@@ -85,9 +97,14 @@ def table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
         settings,
         "Ratios are to the validation without it of the same round, p50 (p20 to p80). Pictures are of the first four "
         "samples of a validation, which are all there are here.",
-        ["model", "layers", "N", "new tokens", "validation", "seconds", "ratio"],
+        ["model", "layers", "N", "new tokens", "validation", "seconds", "ratio", "peak MiB"],
         [
-            [*(str(row[name]) for name in names), as_cell(row, "seconds"), as_cell(row, "ratio", digits=3)]
+            [
+                *(str(row[name]) for name in names),
+                as_cell(row, "seconds"),
+                as_cell(row, "ratio", digits=3),
+                f"{row['peak_mib']:.0f}",
+            ]
             for row in rows
         ],
     )
@@ -102,20 +119,22 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     hush()
     if args.measure is not None:
-        text, new_tokens = args.measure.split(":")
-        print(json.dumps(measure(args, Case.without_image(text), int(new_tokens))))
+        text, new_tokens, what = args.measure.split(":")
+        of_what = args, Case.without_image(text), int(new_tokens)
+        print(json.dumps(measure_seconds(*of_what) if what == "seconds" else measure_memory(*of_what, what)))
         return
     rows = []
-    for text in args.cases:
+    for text, case in [(text, Case.without_image(text)) for text in args.cases]:
         for new_tokens in (0, NEW_TOKENS):
-            case, seconds = Case.without_image(text), in_process(f"{text}:{new_tokens}")
+            seconds = in_process(f"{text}:{new_tokens}:seconds")
             for name in CONTESTANTS:
                 row = {"size": case.size, "layers": case.layers, "length": case.length, "new_tokens": new_tokens}
-                row |= {"validation": name} | paired(seconds, name, REFERENCE)
+                row |= {"validation": name, "peak_mib": round(in_process(f"{text}:{new_tokens}:{name}"), 1)}
+                row |= paired(seconds, name, REFERENCE)
                 rows.append(row)
                 print(row, flush=True)
     settings = {"dtype": args.dtype, "batches": BATCHES, "repeats": args.repeats} | about(args.device, args.threads)
-    write(args.output / f"vas_validation_{args.device.split(':')[0]}.csv", rows, settings, table(rows, settings))
+    write(args.output / f"vas_validation_{args.device}.csv", rows, settings, table(rows, settings))
 
 
 if __name__ == "__main__":
