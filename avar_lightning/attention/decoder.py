@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -27,18 +27,20 @@ def find_vlm(module: nn.Module) -> PreTrainedModel:
     Raises:
         ValueError: There is none, or there are several side by side.
     """
-    found: list[PreTrainedModel] = []
-    inside: set[int] = set()
-    for inner in module.modules():
-        if id(inner) in inside or not isinstance(inner, PreTrainedModel):
-            continue
-        if inner.config.get_text_config() is not inner.config:
-            found.append(inner)
-            inside.update(id(below) for below in inner.modules())
+    found = list(dict.fromkeys(_outermost(module)))
     if len(found) != 1:
         what = f"{len(found)} vision-language models" if found else "no Hugging Face vision-language model"
         raise ValueError(f"{type(module).__name__} holds {what}; pass the one transformers model that is meant.")
     return found[0]
+
+
+def _outermost(module: nn.Module) -> Iterator[PreTrainedModel]:
+    """Vision-language models that are in no other; perhaps one several times, where it has several names."""
+    if isinstance(module, PreTrainedModel) and module.config.get_text_config() is not module.config:
+        yield module
+        return
+    for child in module.children():
+        yield from _outermost(child)
 
 
 def attention_layers(decoder: nn.Module) -> tuple[int, ...]:
