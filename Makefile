@@ -7,7 +7,7 @@ TORCH_INDEX ?=
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: train test test-slow families lint bench bench-gpu reproduce table vars sweep demo-base demo-small demo-sft clean
+.PHONY: train test test-slow families lint bench bench-all bench-gpu reproduce table vars sweep demo-base demo-small demo-sft clean
 
 train: $(READY)
 	$(PYTHON) train.py fit --config configs/avar_sft.yaml
@@ -28,8 +28,21 @@ lint: $(READY)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-# Writes the pages in benchmarks/results again: two to three hours on one core, which nothing else should use meanwhile.
+# A small case of each benchmark, a quarter of an hour on one core; pages in runs/bench.
+QUICK := --output runs/bench
 bench: $(READY)
+	$(PYTHON) benchmarks/attention_op.py $(QUICK) --lengths 1024 --images 256 --repeats 5
+	$(PYTHON) benchmarks/attention_layers.py $(QUICK) --cases thin-2-1024 thin-2-2048 thin-4-1024 --repeats 5
+	$(PYTHON) benchmarks/sft_step.py $(QUICK) --cases small-4-512 small-4-2048 --repeats 5
+	$(PYTHON) benchmarks/step_profile.py $(QUICK) --cases small-4-512 --repeats 5
+	$(PYTHON) benchmarks/vas_validation.py $(QUICK) --cases small-4-512 --repeats 5
+	$(PYTHON) benchmarks/steering_overhead.py $(QUICK) --lengths 256 --repeats 5
+	$(PYTHON) benchmarks/grpo_step.py $(QUICK) --steps 5
+	$(PYTHON) benchmarks/data_pipeline.py $(QUICK) --samples 128 --rounds 5 --epochs 1 --trainings 1
+	$(PYTHON) benchmarks/lm_loss.py $(QUICK) --lengths 1024 --repeats 3
+
+# The pages of benchmarks/results again: two to three hours on one core, which nothing else should use meanwhile.
+bench-all: $(READY)
 	$(PYTHON) benchmarks/attention_op.py
 	$(PYTHON) benchmarks/attention_layers.py
 	$(PYTHON) benchmarks/sft_step.py
