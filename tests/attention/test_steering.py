@@ -469,3 +469,24 @@ def test_on_a_gpu(mode: Any, rows: str) -> None:
     with torch.no_grad(), steer_attention(model, batch.role_ids.cuda(), **options):
         ours = model(**inputs).logits.cpu()
     torch.testing.assert_close(ours[real].double(), logits[real], rtol=1e-3, atol=5e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sequences_packed_for_flash_are_steered_as_if_alone(mode: str) -> None:
+    model = tiny_vlm()
+    batches = [make_batch(Conversation(images=0, response=count)) for count in (6, 3)]
+    alone = []
+    for batch in batches:
+        with steer_attention(model, batch.role_ids, system=0.6, mode=mode):
+            alone.append(model(**batch.inputs).logits)
+    lengths = [batch.role_ids.shape[1] for batch in batches]
+    positions = torch.cat([torch.arange(length) for length in lengths]).expand(4, 1, -1)
+    ids, roles = (
+        torch.cat(each, dim=1) for each in zip(*((b.inputs["input_ids"], b.role_ids) for b in batches), strict=True)
+    )
+    model.set_attn_implementation({"text_config": "fake_flash_attention_2"})
+    plain = model(input_ids=ids, position_ids=positions).logits
+    with steer_attention(model, roles, system=0.6, mode=mode):
+        steered = model(input_ids=ids, position_ids=positions).logits
+    torch.testing.assert_close(steered, torch.cat(alone, dim=1), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(steered, plain, atol=1e-3)
