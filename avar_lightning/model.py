@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesCo
 
 from avar_lightning.families import PARTS, adapt, family_of, part_pattern
 from avar_lightning.processing import resolve_pretrained, tokenizer_of
-from avar_lightning.quantization import QuantizationConfig, quantization_plan, quantize_skeleton
+from avar_lightning.quantization import QuantizationConfig, keep_layout, quantization_plan, quantize_skeleton
 
 
 @dataclass
@@ -144,6 +144,8 @@ def _load(
         options |= {"quantization_config": plan, "device_map": {"": torch.get_default_device()}}
     folder = None if config.from_scratch else path
     loaded: tuple[PreTrainedModel, dict[str, Any]] = source.from_pretrained(folder, output_loading_info=True, **options)
+    if plan:
+        keep_layout(loaded[0])
     return loaded
 
 

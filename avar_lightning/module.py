@@ -197,9 +197,16 @@ class VLMModule(L.LightningModule):
         keep_pace(self.trainer, self._pace)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Let all that is random in a step hang on its number, so that a resumed run draws what it would have."""
+        """Let all that is random in a step hang on its number, so that a resumed run draws what it would have.
+
+        Gradients of the last step are dropped here, when everybody has seen them. Lightning does it just before the
+        backward, so that they would lie beside the activations of the forward, and beside what is sampled.
+        """
         part = batch_idx % self.trainer.accumulate_grad_batches
         self.rng = seed_step(self.seed, self.global_step, part, self.global_rank)
+        if part == 0:
+            for optimizer in self.trainer.optimizers:
+                optimizer.zero_grad()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up what was kept for other processes.

@@ -99,6 +99,19 @@ def quantization_plan(skeleton: PreTrainedModel, config: QuantizationConfig, dty
     )
 
 
+def keep_layout(model: PreTrainedModel) -> None:
+    """Let 4-bit weights on a CPU stay as they are trained.
+
+    On a CPU with bfloat16 instructions bitsandbytes 0.50 packs them anew in the first evaluation, for a product in
+    bfloat16 that has no backward: answers change, and nothing trains any more.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
 def quantize_skeleton(skeleton: PreTrainedModel, plan: BitsAndBytesConfig) -> PreTrainedModel:
     """The 4-bit model on the meta device: every weight in the shape and dtype that it has after loading, in place.
 
@@ -118,4 +131,5 @@ def quantize_skeleton(skeleton: PreTrainedModel, plan: BitsAndBytesConfig) -> Pr
             if module.bias is not None:  # transformers makes it anew, in the default dtype
                 module.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)
     quantizer.postprocess_model(skeleton)
+    keep_layout(skeleton)
     return skeleton

@@ -104,15 +104,6 @@ class SFTModule(VLMModule):
         self.unguided = watched.get("unguided", 0)
         vars(self.gaming).update(watched.get("gaming", {}))
 
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """Update, and drop the gradients, which Lightning would keep beside the next forward's activations.
-
-        So they are gone in `on_train_batch_end`; `on_before_optimizer_step` sees them.
-        """
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if not self.trainer.strategy.handles_gradient_accumulation:  # which takes this for a step that may be none
-            optimizer.zero_grad()
-
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,

@@ -24,7 +24,7 @@ from avar_lightning.merging import merge_adapters
 from avar_lightning.model import LoRAConfig, VLMConfig, load_model
 from avar_lightning.module import NOT_MODEL_INPUTS, OptimizerConfig
 from avar_lightning.processing import DEMO_BASE
-from avar_lightning.quantization import QuantizationConfig
+from avar_lightning.quantization import QuantizationConfig, keep_layout
 from avar_lightning.rewards import VisualAttentionReward
 from avar_lightning.roles import Role
 from avar_lightning.rollout import SamplingConfig
@@ -335,6 +335,7 @@ def test_peft_opens_the_adapters_on_either_base(exported, batch):
     )
     for options in ({"quantization_config": in_4_bits, "device_map": "cpu"}, {}):
         base = AutoModelForImageTextToText.from_pretrained(DEMO_BASE, **options)
+        keep_layout(base)  # or a CPU with bfloat16 instructions evaluates in bfloat16
         opened = PeftModel.from_pretrained(base, folder).eval()
         for name, parameter in opened.named_parameters():
             if "lora_" in name:

@@ -321,6 +321,7 @@ class GRPOModule(VLMModule):
     def _update(self, rollouts: Rollouts, indices: Sequence[int]) -> dict[str, float]:
         """One optimizer step on some of the completions."""
         optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
         # Without a KL a completion whose advantage is 0 adds exactly nothing, so it is not computed.
         kept = [i for i in indices if (self.grpo.beta or rollouts.advantages[i] != 0) and self._counts(rollouts, i)]
         # Gradients are averaged over processes, so sums are divided by the mean number of what they are sums of.
@@ -378,7 +379,6 @@ class GRPOModule(VLMModule):
                 "or the rewards' weights, and resume from the last checkpoint."
             )
         optimizer.step()
-        optimizer.zero_grad()  # and not before the next one, so that sampling does not lie beside gradients
         schedule: Any = self.lr_schedulers()
         schedule.step()
         # Casts that autocast keeps of the old weights must not serve the next forward of this step.
