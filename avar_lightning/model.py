@@ -108,6 +108,8 @@ def load_model(config: VLMConfig | str = "demo", *, on_meta: bool = False) -> Pr
                 "to load; give a checkpoint of this very architecture."
             )
     adapt(model)
+    if plan:
+        keep_layout(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for pattern in config.freeze:
@@ -144,8 +146,6 @@ def _load(
         options |= {"quantization_config": plan, "device_map": {"": torch.get_default_device()}}
     folder = None if config.from_scratch else path
     loaded: tuple[PreTrainedModel, dict[str, Any]] = source.from_pretrained(folder, output_loading_info=True, **options)
-    if plan:
-        keep_layout(loaded[0])
     return loaded
 
 

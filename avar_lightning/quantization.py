@@ -131,5 +131,4 @@ def quantize_skeleton(skeleton: PreTrainedModel, plan: BitsAndBytesConfig) -> Pr
             if module.bias is not None:  # transformers makes it anew, in the default dtype
                 module.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)
     quantizer.postprocess_model(skeleton)
-    keep_layout(skeleton)
     return skeleton
